@@ -1,0 +1,48 @@
+"""Data-aware balancing of vision-language model training for Hugging Face Trainer, TRL and Accelerate.
+
+    profile_dataset   what each sample of a dataset costs the vision encoder and the LLM, without decoding pixels
+    DflopCallback     pass it to `Trainer`, and every rank finishes its step together
+    CostModel         shapes → seconds per module
+    balance.assign    the partitioner that the callback runs
+
+Importing this module imports neither torch nor transformers: every public name is loaded when first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0.dev0"
+
+_EXPORTS = {
+    "CostModel": "hf_dflop.cost",
+    "DatasetProfile": "hf_dflop.profile",
+    "DflopCallback": "hf_dflop.integrations",
+    "DflopError": "hf_dflop.errors",
+    "ModelSpec": "hf_dflop.cost",
+    "Shapes": "hf_dflop.shapes",
+    "VisionLanguageCollator": "hf_dflop.data",
+    "profile_dataset": "hf_dflop.profile",
+}
+_MODULES = ("balance", "cost", "errors", "shapes")
+
+__all__ = [*sorted(_EXPORTS), "__version__"]
+
+if TYPE_CHECKING:
+    from hf_dflop.cost import CostModel, ModelSpec
+    from hf_dflop.data import VisionLanguageCollator
+    from hf_dflop.errors import DflopError
+    from hf_dflop.integrations import DflopCallback
+    from hf_dflop.profile import DatasetProfile, profile_dataset
+    from hf_dflop.shapes import Shapes
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        return getattr(import_module(_EXPORTS[name]), name)
+    if name in _MODULES:
+        return import_module(f"hf_dflop.{name}")
+    raise AttributeError(f"module 'hf_dflop' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, *_MODULES]

@@ -1,0 +1,41 @@
+"""The errors that hf_dflop raises on purpose.
+
+    Exception
+    └── DflopError
+        ├── DatasetError(ValueError)      a row, a column or an image of the dataset is not usable
+        │   └── ShapeMismatchError        annotated shapes differ from what the processor really gives
+        ├── ProcessorError(ValueError)    the processor cannot count tokens from image sizes
+        ├── ModelError(ValueError)        the model has no vision encoder, or its structure is not understood
+        ├── BalanceError(ValueError)      costs, caps or bucket counts that no assignment can satisfy
+        └── TrainerError(ValueError)      a Trainer setting under which balancing would not be exact
+
+Every message states the value found, the rule that it breaks, and what to change.
+"""
+
+
+class DflopError(Exception):
+    """Base of all errors that hf_dflop raises on purpose."""
+
+
+class DatasetError(DflopError, ValueError):
+    """A row, a column or an image of the dataset is not usable."""
+
+
+class ShapeMismatchError(DatasetError):
+    """The annotated shapes of a sample differ from what the processor really gives for it."""
+
+
+class ProcessorError(DflopError, ValueError):
+    """The processor cannot count tokens from image sizes."""
+
+
+class ModelError(DflopError, ValueError):
+    """The model has no vision encoder, or its structure is not understood."""
+
+
+class BalanceError(DflopError, ValueError):
+    """Costs, caps or bucket counts that no assignment can satisfy."""
+
+
+class TrainerError(DflopError, ValueError):
+    """A Trainer setting under which balancing would change what the optimizer sees."""

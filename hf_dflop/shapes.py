@@ -1,0 +1,107 @@
+"""What a sample is, in counts: the shape columns that annotation adds to a dataset.
+
+Shapes are counts, never seconds, so an annotated dataset stays true on another machine. Everything below
+(cost, balance, plan) reads shapes and nothing else of a sample.
+
+Assumptions: a sample's images and text are joined into one LLM sequence; the encoder attends within one
+*tile* at a time (a tile is one encoder attention sequence: a crop, a whole image, or a window group).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hf_dflop.errors import DatasetError
+
+__all__ = ["COLUMN_PREFIX", "SHAPE_COLUMNS", "Shapes"]
+
+COLUMN_PREFIX = "dflop_"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shapes:
+    """Counts of each sample; every field is an int64 array of shape `(num_samples,)`.
+
+    Example:
+        >>> shapes = Shapes(num_images=[1], image_tiles=[1], image_patches=[64], image_patches_sq=[4096],
+        ...                 image_tokens=[64], text_tokens=[10], label_tokens=[6])
+        >>> shapes.llm_tokens.tolist(), len(shapes)
+        ([74], 1)
+    """
+
+    num_images: npt.NDArray[np.int64]
+    """Images of the sample."""
+    image_tiles: npt.NDArray[np.int64]
+    """Attention sequences that the vision encoder runs for the sample (tiles, crops, whole images)."""
+    image_patches: npt.NDArray[np.int64]
+    """Patch positions that the encoder computes, over all tiles, before any merging, without class tokens."""
+    image_patches_sq: npt.NDArray[np.int64]
+    """Sum over the tiles of (patches of the tile)²: what encoder attention grows with."""
+    image_tokens: npt.NDArray[np.int64]
+    """LLM positions that hold image features (positions whose id is the image token)."""
+    text_tokens: npt.NDArray[np.int64]
+    """All other LLM positions of the sample: text, template and the wrapper tokens around images."""
+    label_tokens: npt.NDArray[np.int64]
+    """Positions that contribute to the loss: labels after the shift (`labels[1:]`) that are not -100."""
+
+    def __post_init__(self) -> None:
+        lengths = set()
+        for field in fields(self):
+            array = np.asarray(getattr(self, field.name))
+            if array.ndim != 1:
+                raise DatasetError(
+                    f"shape column {field.name!r} has {array.ndim} dimensions; expected (num_samples,)"
+                )
+            if array.size and not np.issubdtype(array.dtype, np.integer):
+                raise DatasetError(
+                    f"shape column {field.name!r} has dtype {array.dtype}; expected whole numbers"
+                )
+            array = array.astype(np.int64)
+            if array.size and int(array.min()) < 0:
+                index = int(array.argmin())
+                raise DatasetError(
+                    f"shape column {field.name!r} is {array[index]} at sample {index}; must be >= 0"
+                )
+            object.__setattr__(self, field.name, array)
+            lengths.add(array.size)
+        if len(lengths) > 1:
+            raise DatasetError(f"shape columns have different lengths: {sorted(lengths)}")
+
+    def __len__(self) -> int:
+        return int(self.num_images.size)
+
+    @property
+    def llm_tokens(self) -> npt.NDArray[np.int64]:
+        """LLM sequence length of each sample, `(num_samples,)`."""
+        return self.image_tokens + self.text_tokens
+
+    def select(self, indices: Sequence[int] | npt.NDArray[np.integer]) -> "Shapes":
+        """The shapes of the samples `indices`, in that order."""
+        picked = np.asarray(indices, dtype=np.int64)
+        return Shapes(**{field.name: getattr(self, field.name)[picked] for field in fields(self)})
+
+    def to_columns(self) -> dict[str, npt.NDArray[np.int64]]:
+        """Prefixed dataset columns, one per field."""
+        return {COLUMN_PREFIX + field.name: getattr(self, field.name) for field in fields(self)}
+
+    @classmethod
+    def from_columns(cls, columns: Mapping[str, Any]) -> "Shapes":
+        """Read the prefixed columns of an annotated dataset (any mapping from name to a sequence of ints).
+
+        Raises:
+            DatasetError: a shape column is missing.
+        """
+        missing = [name for name in SHAPE_COLUMNS if name not in columns]
+        if missing:
+            raise DatasetError(
+                f"the dataset has no shape column {missing[0]!r}: it was not annotated, or the column was removed. "
+                "Use the dataset that hf_dflop.profile_dataset returns."
+            )
+        return cls(**{name.removeprefix(COLUMN_PREFIX): np.asarray(columns[name]) for name in SHAPE_COLUMNS})
+
+
+SHAPE_COLUMNS: tuple[str, ...] = tuple(COLUMN_PREFIX + field.name for field in fields(Shapes))
+"""Names of the dataset columns, in the order of the fields of `Shapes`."""
