@@ -4,7 +4,7 @@ Shapes are counts, never seconds, so an annotated dataset stays true on another 
 (cost, balance, plan) reads shapes and nothing else of a sample.
 
 Assumptions: a sample's images and text are joined into one LLM sequence; the encoder attends within one
-*tile* at a time (a tile is one encoder attention sequence: a crop, a whole image, or a window group).
+*tile* at a time (one encoder attention sequence: a crop, or a whole image; a windowed encoder's tile is the image).
 """
 
 from collections.abc import Mapping, Sequence
@@ -52,19 +52,13 @@ class Shapes:
         for field in fields(self):
             array = np.asarray(getattr(self, field.name))
             if array.ndim != 1:
-                raise DatasetError(
-                    f"shape column {field.name!r} has {array.ndim} dimensions; expected (num_samples,)"
-                )
+                raise DatasetError(f"shape column {field.name!r} has {array.ndim} dimensions; expected (num_samples,)")
             if array.size and not np.issubdtype(array.dtype, np.integer):
-                raise DatasetError(
-                    f"shape column {field.name!r} has dtype {array.dtype}; expected whole numbers"
-                )
+                raise DatasetError(f"shape column {field.name!r} has dtype {array.dtype}; expected whole numbers")
             array = array.astype(np.int64)
             if array.size and int(array.min()) < 0:
                 index = int(array.argmin())
-                raise DatasetError(
-                    f"shape column {field.name!r} is {array[index]} at sample {index}; must be >= 0"
-                )
+                raise DatasetError(f"shape column {field.name!r} is {array[index]} at sample {index}; must be >= 0")
             object.__setattr__(self, field.name, array)
             lengths.add(array.size)
         if len(lengths) > 1:
@@ -101,6 +95,28 @@ class Shapes:
                 "Use the dataset that hf_dflop.profile_dataset returns."
             )
         return cls(**{name.removeprefix(COLUMN_PREFIX): np.asarray(columns[name]) for name in SHAPE_COLUMNS})
+
+    @classmethod
+    def of_dataset(cls, dataset: Any) -> "Shapes":
+        """The shapes of an annotated `datasets.Dataset`, whatever its format, transform or index mapping.
+
+        Raises:
+            DatasetError: not a dataset, or not annotated.
+        """
+        columns = getattr(dataset, "column_names", None)
+        if not isinstance(columns, list):
+            raise DatasetError(
+                "expected the annotated datasets.Dataset that hf_dflop.profile_dataset returns; "
+                f"got {type(dataset).__name__}."
+            )
+        missing = [name for name in SHAPE_COLUMNS if name not in columns]
+        if missing:
+            raise DatasetError(
+                f"the dataset has no shape column {missing[0]!r} (it has {sorted(columns)}): it was not annotated. "
+                "Use `ds, profile = hf_dflop.profile_dataset(ds, processor)`."
+            )
+        plain = dataset.with_format(None).select_columns(list(SHAPE_COLUMNS)).with_format("numpy")
+        return cls.from_columns(plain[:])
 
 
 SHAPE_COLUMNS: tuple[str, ...] = tuple(COLUMN_PREFIX + field.name for field in fields(Shapes))
