@@ -1,0 +1,45 @@
+"""What differs between versions of transformers and accelerate, in one place.
+
+Only `hf_dflop.integrations` imports this module.
+"""
+
+import sys
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+__all__ = ["calling_trainer", "replace_batch_sampler", "uses_stateful_dataloader"]
+
+
+def calling_trainer() -> Any | None:
+    """The `Trainer` whose callback event is running, or `None` outside of one.
+
+    Trainer hands its callbacks the model, the optimizer and the dataloaders, but not itself (transformers 5.17 to
+    5.23). What decides exactness (`model_accepts_loss_kwargs`, `compute_loss_func`) and `log` live on it alone, so
+    it is looked up on the call stack: the nearest frame whose `self` is a `Trainer`.
+    """
+    from transformers import Trainer
+
+    frame = sys._getframe(1)
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, Trainer):
+            return owner
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
+
+
+def replace_batch_sampler(dataloader: Any, batch_sampler: Any) -> None:
+    """Put `batch_sampler` into a prepared dataloader, before its first iterator is made.
+
+    accelerate's `DataLoaderShard` delegates to `base_dataloader`; a plain `DataLoader` is used as it is.
+    `DataLoader.__setattr__` forbids the assignment once initialised, though nothing has read the sampler yet.
+    """
+    base = getattr(dataloader, "base_dataloader", dataloader)
+    object.__setattr__(base, "batch_sampler", batch_sampler)
+
+
+def uses_stateful_dataloader(dataloader: Any) -> bool:
+    """Whether the dataloader keeps torchdata state, which is taken before a callback can install a sampler."""
+    base = getattr(dataloader, "base_dataloader", dataloader)
+    return type(base) is not DataLoader and hasattr(base, "load_state_dict")

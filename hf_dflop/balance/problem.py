@@ -1,0 +1,133 @@
+"""The checked arrays of one assignment problem, in ticks: what starts, search and bound all read."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hf_dflop.balance.checks import checked_counts
+from hf_dflop.balance.objective import objective_code
+from hf_dflop.balance.ticks import checked_seconds, to_ticks
+from hf_dflop.errors import BalanceError
+
+__all__ = ["Problem", "checked_problem"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Problem:
+    """Samples to group into `num_ranks` x `num_slots` microbatches."""
+
+    vision: npt.NDArray[np.int64]
+    """Vision ticks of each sample, `(num_samples,)`."""
+    llm: npt.NDArray[np.int64]
+    """LLM ticks of each sample alone, `(num_samples,)`."""
+    bits: int
+    """A tick is 2**-bits seconds."""
+    weights: npt.NDArray[np.int64]
+    """`(num_samples, k)`: the counts under a cap (tokens, patches), as far as caps are given."""
+    caps: npt.NDArray[np.int64]
+    """`(k,)`."""
+    padded_caps: npt.NDArray[np.bool_]
+    """`(k,)`: whether the count is number of samples × largest (padded tokens) and not the sum."""
+    cap_names: tuple[str, ...]
+    """Names of the `k` counts, for messages."""
+    memory: npt.NDArray[np.int64]
+    """`(num_samples, 2)`: what activations grow with (tokens and patches, or the ticks where not given)."""
+    num_ranks: int
+    num_slots: int
+    padded: bool
+    objective: str
+    code: int
+    """Number of the objective in the compiled search."""
+
+    @property
+    def num_samples(self) -> int:
+        return int(self.vision.size)
+
+    @property
+    def num_groups(self) -> int:
+        return self.num_ranks * self.num_slots
+
+    def group_costs(self, group: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Vision and LLM ticks of each group, `(num_groups,)` each; `group` is the group of each sample."""
+        vision = np.zeros(self.num_groups, dtype=np.int64)
+        llm = np.zeros(self.num_groups, dtype=np.int64)
+        np.add.at(vision, group, self.vision)
+        if self.padded:
+            np.maximum.at(llm, group, self.llm)
+            llm *= np.bincount(group, minlength=self.num_groups)
+        else:
+            np.add.at(llm, group, self.llm)
+        return vision, llm
+
+
+def checked_problem(
+    vision_s: Any,
+    llm_s: Any,
+    *,
+    num_ranks: int,
+    num_slots: int,
+    objective: str,
+    padded: bool,
+    tokens: Any,
+    max_tokens: int | None,
+    patches: Any,
+    max_patches: int | None,
+) -> Problem:
+    """Check the arguments of `assign` and turn seconds into ticks; raises as `assign` does."""
+    code = objective_code(objective)
+    if num_ranks < 1 or num_slots < 1:
+        raise BalanceError(f"num_ranks={num_ranks} and num_slots={num_slots}; both must be at least 1")
+    vision = checked_seconds(vision_s, "vision_s")
+    llm = checked_seconds(llm_s, "llm_s")
+    if vision.ndim != 1 or vision.shape != llm.shape:
+        raise BalanceError(
+            f"vision_s has shape {vision.shape} and llm_s {llm.shape}; expected (num_samples,) for both"
+        )
+    n = vision.size
+    if n < num_ranks * num_slots:
+        raise BalanceError(
+            f"{n} samples cannot fill {num_ranks} ranks x {num_slots} microbatches = {num_ranks * num_slots}; every "
+            f"microbatch needs a sample. Use a global batch of at least {num_ranks * num_slots} samples, fewer "
+            "accumulation steps, or fewer ranks."
+        )
+    largest = max(float(vision.max()), float(llm.max()))
+    vision_ticks, bits = to_ticks(vision, num_terms=2 * n, largest=largest)
+    llm_ticks, _ = to_ticks(llm, num_terms=2 * n, largest=largest)
+    memory = np.stack([llm_ticks, vision_ticks], axis=1)
+    columns: list[npt.NDArray[np.int64]] = []
+    caps: list[int] = []
+    names: list[str] = []
+    for column, (name, counts, cap) in enumerate([("tokens", tokens, max_tokens), ("patches", patches, max_patches)]):
+        if counts is not None:
+            memory[:, column] = checked_counts(counts, name, n)
+        if cap is None:
+            continue
+        if counts is None:
+            raise BalanceError(f"max_{name}={cap} was given without {name}; give the {name} of each sample too")
+        whole = memory[:, column].copy()
+        worst = int(whole.argmax())
+        if whole[worst] > cap:
+            raise BalanceError(
+                f"sample {worst} has {whole[worst]} {name}, above max_{name}={cap} per microbatch: no microbatch can "
+                f"hold it. Raise max_{name} to at least {whole[worst]}, or shorten or drop the sample."
+            )
+        columns.append(whole)
+        caps.append(int(cap))
+        names.append(name)
+    return Problem(
+        vision=vision_ticks,
+        llm=llm_ticks,
+        bits=bits,
+        weights=np.stack(columns, axis=1) if columns else np.zeros((n, 0), dtype=np.int64),
+        caps=np.array(caps, dtype=np.int64),
+        padded_caps=np.array([padded and name == "tokens" for name in names], dtype=np.bool_),
+        cap_names=tuple(names),
+        memory=memory,
+        num_ranks=int(num_ranks),
+        num_slots=int(num_slots),
+        padded=bool(padded),
+        objective=objective,
+        code=code,
+    )

@@ -1,0 +1,386 @@
+"""Local search on microbatches under the real objective, padding included.
+
+Inputs: a microbatch (group) of each sample, ticks, caps. Output: the best grouping met, after a fixed number of
+proposals. A proposal moves a sample, swaps two samples, or swaps two whole microbatches between their places; one
+end of it is usually a microbatch that the objective waits for. It is accepted when the score rises by no more than
+a threshold that falls to zero (threshold accepting, Dueck and Scheuer 1990: like annealing, without exponentials).
+
+Score: objective + 0.1 × mean compute per rank, in whole numbers, so that padding shrinks where the objective alone
+sees no difference. Exceeded caps go before the score: an excess may only fall.
+
+The compiled functions are in one file on purpose: numba's cache on disk looks at a function's own file only, and
+would not notice a change in another file that it was compiled with.
+
+Layout: group g has the place (rank, slot) = (g mod num_ranks, g div num_ranks).
+"""
+
+# mypy: disable-error-code="no-untyped-def, assignment"
+# compiled functions: numba infers the types
+
+import numpy as np
+from numba import njit
+
+__all__ = ["evaluate", "search"]
+
+STEP, SLOT, STAGE, PIPELINE = 0, 1, 2, 3  # the order of objective.OBJECTIVES
+
+
+@njit(cache=True)
+def _next(state):
+    """A pseudo-random whole number in [0, 2**31); `state` (1,) uint64 is advanced (xorshift64)."""
+    x = state[0]
+    x ^= x << np.uint64(13)
+    x ^= x >> np.uint64(7)
+    x ^= x << np.uint64(17)
+    state[0] = x
+    return np.int64(x >> np.uint64(33))
+
+
+@njit(cache=True)
+def _slot_cost(s, v, lm, num_ranks, objective):
+    most = np.int64(0)
+    most_v = np.int64(0)
+    for g in range(s * num_ranks, (s + 1) * num_ranks):
+        if objective == SLOT:
+            most = max(most, v[g] + lm[g])
+        else:
+            most = max(most, lm[g])
+            most_v = max(most_v, v[g])
+    return most + most_v
+
+
+@njit(cache=True)
+def _value(v, lm, num_ranks, objective):
+    """Objective of the microbatch costs `v`, `lm` (num_groups,)."""
+    value = np.int64(0)
+    if objective == STEP:
+        for r in range(num_ranks):
+            load = np.int64(0)
+            for g in range(r, v.size, num_ranks):
+                load += v[g] + lm[g]
+            value = max(value, load)
+    elif objective == PIPELINE:
+        for g in range(v.size):
+            value = max(value, v[g], lm[g])
+    else:
+        for s in range(v.size // num_ranks):
+            value += _slot_cost(s, v, lm, num_ranks, objective)
+    return value
+
+
+@njit(cache=True)
+def _over(count, sums, largest, caps, padded_caps):
+    """How much a microbatch exceeds its caps."""
+    total = np.int64(0)
+    for k in range(caps.size):
+        total += max(np.int64(0), (count * largest[k] if padded_caps[k] else sums[k]) - caps[k])
+    return total
+
+
+@njit(cache=True)
+def _group_cost(g, member, count, vision, llm, weights, caps, padded_caps, padded):
+    """(vision, LLM, excess over caps) of group g, from its members."""
+    v = np.int64(0)
+    total = np.int64(0)
+    longest = np.int64(0)
+    for x in range(count[g]):
+        i = member[g, x]
+        v += vision[i]
+        total += llm[i]
+        longest = max(longest, llm[i])
+    excess = np.int64(0)
+    for k in range(caps.size):
+        used = np.int64(0)
+        most = np.int64(0)
+        for x in range(count[g]):
+            w = weights[member[g, x], k]
+            used += w
+            most = max(most, w)
+        excess += max(np.int64(0), (count[g] * most if padded_caps[k] else used) - caps[k])
+    return v, (count[g] * longest if padded else total), excess
+
+
+@njit(cache=True)
+def _changed(g, out, inn, member, count, v, lm, top, sums, tops, vision, llm, weights, caps, padded_caps, padded):
+    """(vision, LLM, excess) of group g without sample `out` and with `inn` (-1: none)."""
+    new_v = v[g]
+    new_l = lm[g]
+    n = count[g]
+    if out >= 0:
+        new_v -= vision[out]
+        n -= 1
+    if inn >= 0:
+        new_v += vision[inn]
+        n += 1
+    if padded:
+        longest = top[g, 0]
+        if out >= 0 and llm[out] == longest:
+            longest = top[g, 1]
+        if inn >= 0:
+            longest = max(longest, llm[inn])
+        new_l = n * longest
+    else:
+        if out >= 0:
+            new_l -= llm[out]
+        if inn >= 0:
+            new_l += llm[inn]
+    excess = np.int64(0)
+    for k in range(caps.size):
+        if padded_caps[k]:
+            most = tops[g, k, 0]
+            if out >= 0 and weights[out, k] == most:
+                most = tops[g, k, 1]
+            if inn >= 0:
+                most = max(most, weights[inn, k])
+            used = n * most
+        else:
+            used = sums[g, k]
+            if out >= 0:
+                used -= weights[out, k]
+            if inn >= 0:
+                used += weights[inn, k]
+        excess += max(np.int64(0), used - caps[k])
+    return new_v, new_l, excess
+
+
+@njit(cache=True)
+def _rescan(g, member, count, top, sums, tops, llm, weights):
+    """Recompute the two largest lengths and weights of group g, and its sums of weights."""
+    top[g, 0] = 0
+    top[g, 1] = 0
+    for x in range(count[g]):
+        value = llm[member[g, x]]
+        if value > top[g, 0]:
+            top[g, 1] = top[g, 0]
+            top[g, 0] = value
+        elif value > top[g, 1]:
+            top[g, 1] = value
+    for k in range(sums.shape[1]):
+        sums[g, k] = 0
+        tops[g, k, 0] = 0
+        tops[g, k, 1] = 0
+        for x in range(count[g]):
+            value = weights[member[g, x], k]
+            sums[g, k] += value
+            if value > tops[g, k, 0]:
+                tops[g, k, 1] = tops[g, k, 0]
+                tops[g, k, 0] = value
+            elif value > tops[g, k, 1]:
+                tops[g, k, 1] = value
+
+
+@njit(cache=True)
+def _slowest(v, lm, num_ranks, objective, random):
+    """A group that the objective waits for."""
+    num_groups = v.size
+    if objective == STEP:
+        best = np.int64(-1)
+        rank = 0
+        for r in range(num_ranks):
+            load = np.int64(0)
+            for g in range(r, num_groups, num_ranks):
+                load += v[g] + lm[g]
+            if load > best:
+                best = load
+                rank = r
+        return rank + num_ranks * (_next(random) % (num_groups // num_ranks))
+    first = np.int64(0)
+    last = num_groups
+    by_vision = _next(random) % 2 == 0
+    if objective != PIPELINE:
+        first = num_ranks * (_next(random) % (num_groups // num_ranks))
+        last = first + num_ranks
+    found = first
+    best = np.int64(-1)
+    for g in range(first, last):
+        if objective == SLOT:
+            value = v[g] + lm[g]
+        elif objective == STAGE:
+            value = v[g] if by_vision else lm[g]
+        else:
+            value = max(v[g], lm[g])
+        if value > best:
+            best = value
+            found = g
+    return found
+
+
+@njit(cache=True)
+def evaluate(group, num_groups, num_ranks, vision, llm, weights, caps, padded_caps, padded, objective):
+    """(excess over caps, objective, total compute) of a grouping."""
+    v = np.zeros(num_groups, dtype=np.int64)
+    lm = np.zeros(num_groups, dtype=np.int64)
+    top = np.zeros(num_groups, dtype=np.int64)
+    count = np.zeros(num_groups, dtype=np.int64)
+    sums = np.zeros((num_groups, caps.size), dtype=np.int64)
+    tops = np.zeros((num_groups, caps.size), dtype=np.int64)
+    for i in range(group.size):
+        g = group[i]
+        count[g] += 1
+        v[g] += vision[i]
+        lm[g] += llm[i]
+        top[g] = max(top[g], llm[i])
+        for k in range(caps.size):
+            sums[g, k] += weights[i, k]
+            tops[g, k] = max(tops[g, k], weights[i, k])
+    excess = np.int64(0)
+    for g in range(num_groups):
+        if padded:
+            lm[g] = count[g] * top[g]
+        excess += _over(count[g], sums[g], tops[g], caps, padded_caps)
+    return excess, _value(v, lm, num_ranks, objective), v.sum() + lm.sum()
+
+
+@njit(cache=True)
+def search(
+    group,
+    num_groups,
+    num_ranks,
+    vision,
+    llm,
+    weights,
+    caps,
+    padded_caps,
+    padded,
+    objective,
+    target,
+    proposals,
+    heat,
+    mean_share,
+    seed,
+):
+    """The best grouping found from `group` (num_samples,) int64; shapes as in the module's description.
+
+    Score: objective × `mean_share` + total compute. Stops early at an objective <= `target` ticks without excess.
+    `heat`: the first threshold, in ten-thousandths of the score.
+    """
+    n = group.size
+    member = np.empty((num_groups, n - num_groups + 2), dtype=np.int64)
+    where = np.empty(n, dtype=np.int64)
+    count = np.zeros(num_groups, dtype=np.int64)
+    group = group.copy()
+    for i in range(n):
+        g = group[i]
+        member[g, count[g]] = i
+        where[i] = count[g]
+        count[g] += 1
+    v = np.zeros(num_groups, dtype=np.int64)
+    lm = np.zeros(num_groups, dtype=np.int64)
+    over = np.zeros(num_groups, dtype=np.int64)
+    top = np.zeros((num_groups, 2), dtype=np.int64)
+    sums = np.zeros((num_groups, caps.size), dtype=np.int64)
+    tops = np.zeros((num_groups, caps.size, 2), dtype=np.int64)
+    for g in range(num_groups):
+        _rescan(g, member, count, top, sums, tops, llm, weights)
+        v[g], lm[g], over[g] = _group_cost(g, member, count, vision, llm, weights, caps, padded_caps, padded)
+    random = np.empty(1, dtype=np.uint64)
+    random[0] = np.uint64(seed)
+    excess = over.sum()
+    total = v.sum() + lm.sum()
+    value = _value(v, lm, num_ranks, objective)
+    score = value * mean_share + total
+    best = group.copy()
+    best_excess = excess
+    best_score = score
+    best_value = value
+    first_heat = score // 10_000 * heat
+    for turn in range(proposals):
+        if best_excess == 0 and best_value <= target:
+            break
+        a = np.int64(-1)
+        if excess > 0 and _next(random) % 4 != 0:  # a group above its caps
+            start = _next(random) % num_groups
+            for d in range(num_groups):
+                if over[(start + d) % num_groups] > 0:
+                    a = (start + d) % num_groups
+                    break
+        elif _next(random) % 4 != 0:
+            a = _slowest(v, lm, num_ranks, objective, random)
+        if a < 0:
+            a = _next(random) % num_groups
+        b = (a + 1 + _next(random) % (num_groups - 1)) % num_groups
+        kind = _next(random) % 8
+        i = np.int64(-1)
+        j = np.int64(-1)
+        if kind == 0:  # the two microbatches change places
+            if objective == PIPELINE or (objective == STEP and a % num_ranks == b % num_ranks):
+                continue
+            new_va, new_la, new_oa = v[b], lm[b], over[b]
+            new_vb, new_lb, new_ob = v[a], lm[a], over[a]
+        else:
+            i = member[a, _next(random) % count[a]]
+            if kind < 4:
+                if count[a] == 1:
+                    continue
+            else:
+                j = member[b, _next(random) % count[b]]
+            new_va, new_la, new_oa = _changed(
+                a, i, j, member, count, v, lm, top, sums, tops, vision, llm, weights, caps, padded_caps, padded
+            )
+            new_vb, new_lb, new_ob = _changed(
+                b, j, i, member, count, v, lm, top, sums, tops, vision, llm, weights, caps, padded_caps, padded
+            )
+        new_excess = excess - over[a] - over[b] + new_oa + new_ob
+        if new_excess > excess:
+            continue
+        new_total = total - v[a] - lm[a] - v[b] - lm[b] + new_va + new_la + new_vb + new_lb
+        old_va, old_la, old_vb, old_lb = v[a], lm[a], v[b], lm[b]
+        slot_a = a // num_ranks
+        slot_b = b // num_ranks
+        incremental = objective in (SLOT, STAGE)
+        new_value = value
+        if incremental:
+            new_value -= _slot_cost(slot_a, v, lm, num_ranks, objective)
+            if slot_b != slot_a:
+                new_value -= _slot_cost(slot_b, v, lm, num_ranks, objective)
+        v[a], lm[a], v[b], lm[b] = new_va, new_la, new_vb, new_lb
+        if incremental:
+            new_value += _slot_cost(slot_a, v, lm, num_ranks, objective)
+            if slot_b != slot_a:
+                new_value += _slot_cost(slot_b, v, lm, num_ranks, objective)
+        else:
+            new_value = _value(v, lm, num_ranks, objective)
+        new_score = new_value * mean_share + new_total
+        threshold = first_heat // proposals * (proposals - turn)
+        if new_excess == excess and new_score > score + threshold:
+            v[a], lm[a], v[b], lm[b] = old_va, old_la, old_vb, old_lb
+            continue
+        if kind == 0:
+            for x in range(max(count[a], count[b])):
+                member[a, x], member[b, x] = member[b, x], member[a, x]
+            count[a], count[b] = count[b], count[a]
+            for x in range(count[a]):
+                group[member[a, x]] = a
+            for x in range(count[b]):
+                group[member[b, x]] = b
+        else:
+            last = member[a, count[a] - 1]
+            member[a, where[i]] = last
+            where[last] = where[i]
+            count[a] -= 1
+            if j >= 0:
+                last = member[b, count[b] - 1]
+                member[b, where[j]] = last
+                where[last] = where[j]
+                count[b] -= 1
+                member[a, count[a]] = j
+                where[j] = count[a]
+                group[j] = a
+                count[a] += 1
+            member[b, count[b]] = i
+            where[i] = count[b]
+            group[i] = b
+            count[b] += 1
+        _rescan(a, member, count, top, sums, tops, llm, weights)
+        _rescan(b, member, count, top, sums, tops, llm, weights)
+        over[a], over[b] = new_oa, new_ob
+        excess = new_excess
+        total = new_total
+        value = new_value
+        score = new_score
+        if excess < best_excess or (excess == best_excess and score < best_score):
+            best_excess = excess
+            best_score = score
+            best_value = value
+            best[:] = group
+    return best

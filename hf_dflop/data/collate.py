@@ -1,0 +1,96 @@
+"""Dataset rows → a microbatch, and a check that each sample is as long as its shape columns say.
+
+Input: rows as the dataset gives them, images decoded or not. Output: the tensors of `rows.encode`, padded on the
+right. A microbatch without images has no pixel keys.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from hf_dflop.errors import ShapeMismatchError
+from hf_dflop.rows import Layout, Renderer, detect_layout, encode, read_row
+from hf_dflop.shapes import COLUMN_PREFIX
+
+__all__ = ["VisionLanguageCollator"]
+
+
+class VisionLanguageCollator:
+    """Data collator for vision-language rows; pass it to `Trainer` as `data_collator`.
+
+    Takes the same arguments as `profile_dataset`, and makes the samples exactly as that counted them.
+
+    Args:
+        processor (`ProcessorMixin`): the model's processor.
+        layout (`str` or `Callable`, defaults to `"auto"`): how rows are written; see `hf_dflop.rows.layout`.
+        image_column (`str`, *optional*): column of the images.
+        labels (`str`, defaults to `"assistant"`): what is learned: "assistant" turns, or "all" text.
+        max_length (`int`, *optional*): samples are cut to this many tokens; a cut through an image is an error.
+        pad_to_multiple_of (`int`, *optional*): pad the length of the microbatch to a multiple of it.
+
+    Example:
+        >>> collate = VisionLanguageCollator(processor)                                 # doctest: +SKIP
+        >>> collate([dataset[0], dataset[1]])["input_ids"].shape                        # doctest: +SKIP
+        torch.Size([2, 391])
+    """
+
+    def __init__(
+        self,
+        processor: Any,
+        *,
+        layout: str | Callable[[dict[str, Any]], Mapping[str, Any]] = "auto",
+        image_column: str | None = None,
+        labels: str = "assistant",
+        max_length: int | None = None,
+        pad_to_multiple_of: int | None = None,
+    ) -> None:
+        self.processor = processor
+        self.layout = layout
+        self.image_column = image_column
+        self.max_length = max_length
+        self.pad_to_multiple_of = pad_to_multiple_of
+        self.renderer = Renderer(processor, labels)
+        self._detected: tuple[frozenset[str], Layout] | None = None
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Make a microbatch.
+
+        Raises:
+            DatasetError: a row is not usable; names its position in the microbatch.
+            ShapeMismatchError: a sample differs from its shape columns.
+        """
+        read = [read_row(row, self._layout_of(row), index=position) for position, row in enumerate(rows)]
+        batch = encode(
+            self.processor,
+            read,
+            labels=self.renderer.labels,
+            max_length=self.max_length,
+            pad_to_multiple_of=self.pad_to_multiple_of,
+            renderer=self.renderer,
+        )
+        self._check(rows, batch)
+        return batch
+
+    def _layout_of(self, row: Mapping[str, Any]) -> Layout:
+        columns = frozenset(row)
+        if self._detected is None or self._detected[0] != columns:
+            found = detect_layout(row, layout=self.layout, image_column=self.image_column)
+            self._detected = (columns, found)
+        return self._detected[1]
+
+    def _check(self, rows: Sequence[Mapping[str, Any]], batch: dict[str, Any]) -> None:
+        is_image = batch["input_ids"] == self.renderer.token.feature_id
+        image_tokens = is_image.sum(dim=1)
+        found = {
+            "image_tokens": image_tokens.tolist(),
+            "text_tokens": (batch["attention_mask"].sum(dim=1) - image_tokens).tolist(),
+            "label_tokens": (batch["labels"][:, 1:] != -100).sum(dim=1).tolist(),
+        }
+        for name, counts in found.items():
+            column = COLUMN_PREFIX + name
+            for position, (row, count) in enumerate(zip(rows, counts, strict=True)):
+                if column in row and int(row[column]) != count:
+                    raise ShapeMismatchError(
+                        f"row {position} of the microbatch has {count} {name.replace('_', ' ')}, but its column "
+                        f"{column} says {int(row[column])}: the dataset was annotated with another processor, label "
+                        "policy or max_length. Profile it with this collator's own settings"
+                    )

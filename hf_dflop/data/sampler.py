@@ -1,0 +1,231 @@
+"""Which samples this rank loads for each microbatch of each optimizer step.
+
+Takes the stock grouping of one epoch (what every rank would have loaded without hf_dflop), cuts it into optimizer
+steps, and lets `hf_dflop.balance.assign` regroup the samples *within* each step. The set of samples of a step, the
+number of microbatches of every rank and the number of steps never change.
+
+The result is a pure function of (stock grouping, shapes, cost model, seed, epoch, step): every rank computes it
+alike, without communication.
+
+Assumptions: every rank sees the same stock grouping (Trainer seeds its samplers alike on all ranks).
+"""
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hf_dflop.balance import Assignment, assign
+from hf_dflop.cost import CostModel
+from hf_dflop.errors import BalanceError
+from hf_dflop.shapes import Shapes
+
+__all__ = ["BalancedBatchSampler", "Caps", "StepPlan", "stock_caps"]
+
+Microbatches = Sequence[Sequence[int]]
+"""The index lists that one rank loads, in order."""
+
+_REMEMBERED_STEPS = 1024
+"""Plans kept for the log: more than the steps that loader workers can run ahead of the training loop."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Caps:
+    """The most that one microbatch may hold; `None` means no cap."""
+
+    max_tokens: int | None = None
+    """LLM positions that are computed (padded: rows × longest)."""
+    max_patches: int | None = None
+    """Encoder patches."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepPlan:
+    """How one optimizer step was grouped, and why."""
+
+    epoch: int
+    step: int
+    """Optimizer step within the epoch."""
+    assignment: Assignment
+    indices: npt.NDArray[np.int64]
+    """`(num_samples,)` dataset index of each position of the assignment."""
+    stock: list[Microbatches]
+    """Dataset indices of the stock grouping: rank → slot → indices."""
+    balanced: bool
+    """Whether the assignment is what runs; `False` keeps the stock grouping."""
+    scheduling_s: float
+
+    def microbatches(self, rank: int) -> list[list[int]]:
+        """The dataset indices that `rank` loads, one list per slot."""
+        if not self.balanced:
+            return [list(group) for group in self.stock[rank]]
+        return [self.indices[group].tolist() for group in self.assignment.groups[rank]]
+
+
+def stock_caps(shapes: Shapes, batch_size: int) -> Caps:
+    """Caps that the stock sampler could have reached: `batch_size` samples as large as the largest one.
+
+    With them, balancing can never need more memory than an unlucky stock microbatch.
+    """
+    return Caps(
+        max_tokens=batch_size * int(shapes.llm_tokens.max()),
+        max_patches=max(batch_size * int(shapes.image_patches.max()), 1),
+    )
+
+
+class BalancedBatchSampler:
+    """Yields the index list of each microbatch of one rank, balanced within each optimizer step.
+
+    A drop-in for the batch sampler of a `DataLoader`: the same length, the same samples per step.
+
+    Args:
+        stock (`Callable[[], Sequence[Microbatches]]`):
+            Called once per epoch; gives for every rank the stock index lists of the epoch, in order.
+        shapes ([`Shapes`]):
+            The shapes of the whole dataset, by dataset index.
+        cost_model ([`CostModel`]):
+            Shapes → seconds.
+        rank (`int`), num_ranks (`int`):
+            This data-parallel rank, and how many there are.
+        num_slots (`int`):
+            Microbatches per rank and step (`gradient_accumulation_steps`).
+        length (`int`):
+            Microbatches per rank and epoch.
+        objective (`str`):
+            What a step costs; one of `hf_dflop.balance.OBJECTIVES`.
+        padded (`bool`):
+            Whether the collator pads to the longest sample of the microbatch.
+        caps ([`Caps`]):
+            What a microbatch may hold at most.
+        balance (`bool`):
+            `False` keeps the stock grouping, and only predicts what balancing would bring.
+        set_stock_epoch (`Callable[[int], None]`, *optional*):
+            Tells the stock sampler the epoch before its grouping is read.
+        seed (`int`):
+            Seeds the search; the same on every rank.
+    """
+
+    def __init__(
+        self,
+        stock: Callable[[], Sequence[Microbatches]],
+        shapes: Shapes,
+        cost_model: CostModel,
+        *,
+        rank: int,
+        num_ranks: int,
+        num_slots: int,
+        length: int,
+        objective: str,
+        padded: bool,
+        caps: Caps,
+        balance: bool = True,
+        set_stock_epoch: Callable[[int], None] | None = None,
+        seed: int = 0,
+    ) -> None:
+        # No attribute may be called `sampler`: accelerate would reach through it and set the wrong epoch.
+        self._stock = stock
+        self._set_stock_epoch = set_stock_epoch
+        self._rank = rank
+        self._num_ranks = num_ranks
+        self._num_slots = num_slots
+        self._length = length
+        self.objective = objective
+        self._padded = padded
+        self._caps = caps
+        self._balance = balance
+        self._seed = seed
+        self._per_microbatch_s = cost_model.per_microbatch_s
+        self._vision_s = cost_model.vision_s(shapes)
+        self._llm_s = cost_model.llm_s(shapes)
+        self._tokens = shapes.llm_tokens
+        self._patches = shapes.image_patches
+        self._plans: OrderedDict[tuple[int, int], StepPlan] = OrderedDict()
+        self.epoch = 0
+        self.resume_step = 0
+        # accelerate reads these two of any batch sampler.
+        self.batch_size: int | None = None
+        self.drop_last = False
+
+    def __len__(self) -> int:
+        return self._length
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that the next iteration runs."""
+        if epoch != self.epoch:
+            self.resume_step = 0
+        self.epoch = epoch
+        if self._set_stock_epoch is not None:
+            self._set_stock_epoch(epoch)
+
+    def skip_to(self, step: int) -> None:
+        """Do not plan the steps of this epoch before `step`: a resumed run throws them away unread."""
+        self.resume_step = step
+
+    def plan_of(self, epoch: int, step: int) -> StepPlan | None:
+        """The plan of an optimizer step (counted within its epoch), if it was made and is still remembered."""
+        return self._plans.get((epoch, step))
+
+    def microbatch_s(self, microbatch: Sequence[int]) -> float:
+        """Predicted seconds of a microbatch of these dataset indices."""
+        llm_s = self._llm_s[list(microbatch)]
+        rows_s = llm_s.size * llm_s.max() if self._padded else llm_s.sum()
+        return float(self._vision_s[list(microbatch)].sum() + rows_s + self._per_microbatch_s)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        epoch = self.epoch
+        if self._set_stock_epoch is not None:
+            self._set_stock_epoch(epoch)
+        ranks = self._stock()
+        for start in range(0, len(ranks[self._rank]), self._num_slots):
+            step = start // self._num_slots
+            stock = [slots[start : start + self._num_slots] for slots in ranks]
+            if step < self.resume_step or len({len(slots) for slots in stock}) > 1:
+                # Either thrown away by a resumed run, or (even_batches=False) an epoch's end at which the ranks have
+                # different numbers of microbatches: there the stock grouping is the only one that keeps them.
+                yield from (list(microbatch) for microbatch in stock[self._rank])
+                continue
+            plan = self.plan(stock, epoch, step)
+            self._plans[epoch, step] = plan
+            if len(self._plans) > _REMEMBERED_STEPS:
+                self._plans.popitem(last=False)
+            yield from plan.microbatches(self._rank)
+
+    def plan(self, stock: list[Microbatches], epoch: int, step: int) -> StepPlan:
+        """Group the samples of one step; `stock` has, for each rank, its stock microbatches."""
+        begin = time.perf_counter()
+        indices = np.array([index for slots in stock for group in slots for index in group], dtype=np.int64)
+        positions = iter(range(indices.size))
+        baseline = [[[next(positions) for _ in group] for group in slots] for slots in stock]
+        assignment = self._assign(indices, baseline, epoch, step)
+        return StepPlan(
+            epoch=epoch,
+            step=step,
+            assignment=assignment,
+            indices=indices,
+            stock=stock,
+            balanced=self._balance,
+            scheduling_s=time.perf_counter() - begin,
+        )
+
+    def _assign(self, indices: npt.NDArray[np.int64], baseline: Any, epoch: int, step: int) -> Assignment:
+        try:
+            return assign(
+                self._vision_s[indices],
+                self._llm_s[indices],
+                num_ranks=self._num_ranks,
+                num_slots=len(baseline[0]),
+                objective=self.objective,
+                padded=self._padded,
+                baseline=baseline,
+                tokens=self._tokens[indices],
+                max_tokens=self._caps.max_tokens,
+                patches=self._patches[indices],
+                max_patches=self._caps.max_patches,
+                seed=(self._seed * 1_000_003 + epoch * 8_191 + step) % 2**31,
+            )
+        except BalanceError as error:
+            raise BalanceError(f"epoch {epoch}, step {step}, samples {indices.tolist()[:16]}...: {error}") from error

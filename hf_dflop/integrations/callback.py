@@ -1,0 +1,315 @@
+"""The one line that a `Trainer` script adds."""
+
+import logging
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from hf_dflop._compat import calling_trainer, replace_batch_sampler
+from hf_dflop.cost import CostModel, ModelSpec
+from hf_dflop.data.sampler import BalancedBatchSampler, Caps, StepPlan, stock_caps
+from hf_dflop.errors import DatasetError, TrainerError
+from hf_dflop.integrations.checks import (
+    check_exactness,
+    check_images_and_collectives,
+    check_processor,
+    check_samples,
+)
+from hf_dflop.integrations.describe import choose_objective, describe_training
+from hf_dflop.integrations.steplog import step_logs
+from hf_dflop.integrations.stock import StockSharding
+from hf_dflop.integrations.timing import StepTimer, StepTiming
+from hf_dflop.integrations.trace import TraceWriter
+from hf_dflop.shapes import Shapes
+
+__all__ = ["DflopCallback"]
+
+logger = logging.getLogger(__name__)
+
+
+class DflopCallback(TrainerCallback):
+    """Composes the microbatches of every optimizer step so that all ranks finish together.
+
+    Pass it to an otherwise unchanged [`~transformers.Trainer`] (or TRL `SFTTrainer`). The samples of each optimizer
+    step stay those that the stock sampler would have given it; only their grouping into ranks and microbatches
+    changes, and with the loss normalised by the step's label tokens the gradient stays the same.
+
+    It logs through `Trainer.log`, in a record of its own beside each loss record:
+
+    | key | meaning |
+    |---|---|
+    | `dflop/predicted_idle_stock` | predicted share of the step that the mean rank waits under the stock grouping |
+    | `dflop/predicted_idle` | the same under the balanced grouping (with `balance=False`: what it would be) |
+    | `dflop/gap` | predicted step seconds ÷ lower bound − 1 of the balanced grouping |
+    | `dflop/scheduling_s` | seconds to group one step |
+    | `dflop/idle_fraction` | measured: time that the mean rank waited for the slowest one ÷ step time |
+    | `dflop/step_s` | measured: seconds of a step, data included |
+    | `dflop/data_s` | measured: seconds between steps, for fetching and collating, mean over ranks |
+    | `dflop/sync_s` | measured: gradient reduction that is not hidden, and clipping (of the slowest rank) |
+    | `dflop/busy_s_rank<r>` | measured: seconds that rank r computed per step (up to 16 ranks) |
+    | `dflop/idle_s_rank<r>` | measured: seconds that rank r waited for the slowest rank per step (up to 16 ranks) |
+    | `dflop/busy_s_max`, `dflop/busy_s_mean` | measured: the slowest and the mean rank |
+    | `dflop/slowest_rank` | measured: the rank that computed longest |
+
+    All values are means over the steps since the last record. Measured idle time needs ranks that meet once per step
+    (DDP); under FSDP, where they meet in every layer, the measured keys but `step_s` and `data_s` are left out.
+
+    Args:
+        dataset (`datasets.Dataset` or [`Shapes`]):
+            The annotated dataset that [`profile_dataset`] returned, or its shapes. It must be the dataset that the
+            Trainer trains on, in the same order: Trainer drops the shape columns before a callback can see them.
+        balance (`bool`, *optional*, defaults to `True`):
+            `False` leaves the grouping alone and only measures and predicts: what would balancing bring?
+        objective (`str`, *optional*, defaults to `"auto"`):
+            What a step costs: `"step"` (ranks meet once per step: DDP with accumulation), `"slot"` (once per
+            microbatch: TRL), `"stage"` (in every layer: FSDP, ZeRO-3). `"auto"` reads it from the Trainer.
+        cost_model ([`CostModel`], *optional*):
+            Shapes → seconds. Defaults to FLOPs from the model's config, of which only ratios matter.
+        max_tokens (`int`, *optional*):
+            LLM positions that one microbatch may hold, padding included. Defaults to the per-device batch size ×
+            the longest sample, so that no microbatch needs more memory than an unlucky stock one.
+        max_patches (`int`, *optional*):
+            Encoder patches that one microbatch may hold; the default is chosen alike.
+        trace_dir (`str` or `Path`, *optional*):
+            Folder for one JSON line per step and rank, with every microbatch's samples and times.
+        verify (`int`, *optional*, defaults to 4):
+            Random samples that are collated before training and compared with their shapes.
+        seed (`int`, *optional*, defaults to 0):
+            Seeds the search for a grouping.
+
+    Raises:
+        DatasetError: the dataset is not annotated (at construction).
+        TrainerError: a setting under which balancing would not be exact (when training begins).
+        ShapeMismatchError: the shapes do not describe what the collator gives (when training begins).
+
+    Example:
+
+    ```python
+    ds, profile = hf_dflop.profile_dataset(ds, processor)
+    trainer = Trainer(model, args, train_dataset=ds, data_collator=collate,
+                      callbacks=[hf_dflop.DflopCallback(ds)])
+    trainer.train()
+    ```
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        *,
+        balance: bool = True,
+        objective: Literal["auto", "step", "slot", "stage"] = "auto",
+        cost_model: CostModel | None = None,
+        max_tokens: int | None = None,
+        max_patches: int | None = None,
+        trace_dir: str | Path | None = None,
+        verify: int = 4,
+        seed: int = 0,
+    ) -> None:
+        self.shapes = dataset if isinstance(dataset, Shapes) else Shapes.of_dataset(dataset)
+        self._dataset = None if isinstance(dataset, Shapes) else dataset
+        self._balance = balance
+        self._objective = objective
+        self._cost_model = cost_model
+        self._max_tokens = max_tokens
+        self._max_patches = max_patches
+        self._trace_dir = trace_dir
+        self._verify = verify
+        self._seed = seed
+        self.sampler: BalancedBatchSampler | None = None
+        self._timer: StepTimer | None = None
+        self._trace: TraceWriter | None = None
+        self._trainer: Any = None
+        self._pending: list[tuple[int, int, StepPlan | None]] = []
+
+    # ---- set-up -----------------------------------------------------------------------------------------------
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        trainer = calling_trainer()
+        if trainer is None:
+            raise TrainerError("DflopCallback works in a transformers.Trainer; none is running this callback.")
+        dataloader = kwargs["train_dataloader"]
+        self._close()
+        self._trainer = trainer
+        self._num_slots = args.gradient_accumulation_steps
+        self._length = len(dataloader)
+        self._steps_per_epoch = max(math.ceil(self._length / self._num_slots), 1)
+        self._rank = trainer.accelerator.process_index
+        self._epoch = state.global_step // self._steps_per_epoch - 1
+        self._resume_step = 0 if args.ignore_data_skip else state.global_step % self._steps_per_epoch
+        if self._balance or args.train_sampling_strategy != "batch_rebalance":
+            self.sampler = self._install(trainer, dataloader)
+        self._timer = StepTimer(trainer.model, args.device)
+        if self._trace_dir is not None:
+            self._trace = TraceWriter(self._trace_dir, self._rank, resume=state.global_step > 0)
+
+    def _install(self, trainer: Any, dataloader: Any) -> BalancedBatchSampler:
+        check_exactness(trainer, dataloader, trainer.accelerator.num_processes)
+        sharding = StockSharding(dataloader.batch_sampler)
+        if len(self.shapes) < sharding.num_ranks * self._num_slots:
+            raise DatasetError(
+                f"the dataset has {len(self.shapes)} samples, but one step has {sharding.num_ranks} ranks × "
+                f"{self._num_slots} microbatches, and each needs a sample. Use more data, or a smaller "
+                "gradient_accumulation_steps."
+            )
+        check_images_and_collectives(trainer, self.shapes)
+        if self._dataset is not None:
+            check_processor(trainer, self._dataset)
+        config = trainer.accelerator.unwrap_model(trainer.model).config
+        spec = ModelSpec.from_config(config)
+        padded = check_samples(dataloader, self.shapes, spec.image_token_id, self._verify, self._seed)
+        caps = stock_caps(self.shapes, sharding.microbatch_size)
+        sampler = BalancedBatchSampler(
+            sharding.epoch_groups,
+            self.shapes,
+            self._cost_model or CostModel.analytic(spec, **describe_training(trainer)),
+            rank=sharding.rank,
+            num_ranks=sharding.num_ranks,
+            num_slots=self._num_slots,
+            length=sharding.length,
+            objective=choose_objective(trainer) if self._objective == "auto" else self._objective,
+            padded=padded,
+            caps=Caps(
+                max_tokens=self._max_tokens or caps.max_tokens,
+                max_patches=self._max_patches or caps.max_patches,
+            ),
+            balance=self._balance,
+            set_stock_epoch=sharding.set_epoch,
+            seed=self._seed,
+        )
+        replace_batch_sampler(dataloader, sampler)
+        logger.info(
+            "hf_dflop %s %d samples over %d ranks × %d microbatches per step (%s, objective %r)",
+            "balances" if self._balance else "measures",
+            len(self.shapes),
+            sharding.num_ranks,
+            self._num_slots,
+            "padded" if padded else "packed",
+            sampler.objective,
+        )
+        return sampler
+
+    # ---- the training loop ------------------------------------------------------------------------------------
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._epoch += 1
+        self._step, self._resume_step = self._resume_step, 0
+        if self.sampler is not None:
+            self.sampler.set_epoch(self._epoch)
+            self.sampler.skip_to(self._step)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        assert self._timer is not None
+        self._timer.begin_step(min(self._num_slots, self._length - self._step * self._num_slots))
+
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        assert self._timer is not None
+        self._timer.end_slot()
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        assert self._timer is not None
+        self._timer.end_sync()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        assert self._timer is not None
+        self._timer.end_step()
+        plan = self.sampler.plan_of(self._epoch, self._step) if self.sampler is not None else None
+        self._pending.append((state.global_step, self._epoch, plan))
+        self._step += 1
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        # After the loss record: logging earlier in the step would take its turn, and the loss be forgotten.
+        if self._timer is not None and logs is not None and "loss" in logs:
+            self._report()
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._timer is not None:
+            self._timer.pause()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._timer is not None:
+            self._timer.pause()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._report()
+        self._close()
+
+    # ---- what was measured ------------------------------------------------------------------------------------
+
+    def _report(self) -> None:
+        assert self._timer is not None
+        pending, self._pending = self._pending, []
+        timings = self._timer.drain()
+        if not pending:
+            return
+        mine = torch.tensor(
+            [[t.data_s, t.busy_s, t.sync_s, t.step_s] for t in timings],
+            dtype=torch.float32,
+            device=self._trainer.args.device,
+        )
+        gathered = self._trainer.accelerator.gather(mine[None]).cpu().numpy().astype(np.float64)
+        logs = step_logs(gathered, [plan for _, _, plan in pending])
+        # The base class's log: TRL overrides it to add, and then forget, the metrics of the loss record.
+        Trainer.log(self._trainer, logs)
+        if self._trace is not None:
+            for (step, epoch, plan), timing in zip(pending, timings, strict=True):
+                self._trace.write(self._record(step, epoch, plan, timing))
+            self._trace.flush()
+
+    def _record(self, step: int, epoch: int, plan: StepPlan | None, timing: StepTiming) -> dict[str, Any]:
+        record: dict[str, Any] = {
+            "step": step,
+            "epoch": epoch,
+            "rank": self._rank,
+            "begin_s": timing.begin_s,
+            "data_s": timing.data_s,
+            "slot_end_s": timing.slot_end_s,
+            "sync_end_s": timing.sync_end_s,
+            "end_s": timing.end_s,
+        }
+        if plan is not None:
+            assignment = plan.assignment
+            assert self.sampler is not None
+            record["samples"] = plan.microbatches(self._rank)
+            record["slot_predicted_s"] = [self.sampler.microbatch_s(group) for group in record["samples"]]
+            record["predicted_s"] = assignment.predicted_s
+            record["predicted_stock_s"] = assignment.baseline_s
+            record["bound_s"] = assignment.bound_s
+            record["scheduling_s"] = plan.scheduling_s
+        return record
+
+    def _close(self) -> None:
+        if self._timer is not None:
+            self._timer.close()
+            self._timer = None
+        if self._trace is not None:
+            self._trace.close()
+            self._trace = None
+        self._pending = []
+        self._trainer = None

@@ -1,0 +1,189 @@
+"""Refuses what cannot be balanced exactly, and checks that the shapes describe what training really loads.
+
+Called once, when training begins and before the first sample is loaded. Nothing is changed here: each check either
+passes or raises, with the value found, the rule, and what to change.
+"""
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+
+from hf_dflop._compat import uses_stateful_dataloader
+from hf_dflop.errors import ShapeMismatchError, TrainerError
+from hf_dflop.integrations.describe import is_image_parameter_trained
+from hf_dflop.shapes import Shapes
+
+__all__ = ["check_exactness", "check_images_and_collectives", "check_processor", "check_samples"]
+
+
+def check_exactness(trainer: Any, dataloader: Any, num_ranks: int) -> None:
+    """Raise unless regrouping samples between microbatches leaves the optimizer's step what it was.
+
+    Raises:
+        TrainerError: naming the setting and its remedy.
+    """
+    from accelerate.data_loader import DataLoaderDispatcher
+
+    args = trainer.args
+    if isinstance(dataloader, DataLoaderDispatcher):
+        raise TrainerError(
+            "the dataloader dispatches batches from rank 0 (dispatch_batches=True, or an IterableDataset), so no "
+            "rank chooses its own samples. Set accelerator_config={'dispatch_batches': False}, or use a map-style "
+            "dataset."
+        )
+    if getattr(dataloader, "batch_sampler", None) is None:
+        raise TrainerError(
+            "the dataloader has no batch sampler (an IterableDataset). Balancing needs a map-style dataset."
+        )
+    if uses_stateful_dataloader(dataloader):
+        raise TrainerError(
+            "a StatefulDataLoader records its sampler before training begins. Set use_stateful_dataloader=False; "
+            "resuming in mid-epoch works without it."
+        )
+    if args.train_sampling_strategy == "batch_rebalance":
+        raise TrainerError(
+            "train_sampling_strategy='batch_rebalance' already groups the samples, and by text length alone. Use "
+            "train_sampling_strategy='random' with DflopCallback, or drop the callback."
+        )
+    if args.n_gpu > 1:
+        raise TrainerError(
+            f"one process drives {args.n_gpu} devices (DataParallel). Launch one process per device with "
+            "`accelerate launch` or torchrun."
+        )
+    parallelism = getattr(trainer.accelerator, "parallelism_config", None)
+    if parallelism is not None and (getattr(parallelism, "sp_enabled", False) or parallelism.cp_enabled):
+        raise TrainerError(
+            "sequence or context parallelism splits every sample over ranks, so ranks of a group must keep the same "
+            "samples. Balance with sp_size=1 and cp_size=1."
+        )
+    if num_ranks * args.gradient_accumulation_steps == 1:
+        return  # one microbatch a step: nothing to regroup
+    if num_ranks > 1 and not args.average_tokens_across_devices:
+        raise TrainerError(
+            "average_tokens_across_devices=False divides the loss by each rank's own number of label tokens, which "
+            "depends on the grouping. Set average_tokens_across_devices=True (the default)."
+        )
+    if not trainer.model_accepts_loss_kwargs and trainer.compute_loss_func is None:
+        raise TrainerError(
+            f"{type(trainer.model).__name__} averages the means of its microbatches (accepts_loss_kwargs=False), so "
+            "its gradient depends on the grouping. Set `model.accepts_loss_kwargs = True` before building the "
+            "Trainer (in the run that you compare with, too), or pass a compute_loss_func that divides by "
+            "num_items_in_batch."
+        )
+
+
+def check_images_and_collectives(trainer: Any, shapes: Shapes) -> None:
+    """Raise where a microbatch without images would leave the other ranks waiting for ever.
+
+    Raises:
+        TrainerError: the dataset mixes samples with and without images, and the wrapped model does not tolerate a
+            rank that skips the vision encoder.
+    """
+    if trainer.args.world_size == 1 or not (shapes.num_images == 0).any() or not (shapes.num_images > 0).any():
+        return
+    count = f"{int((shapes.num_images == 0).sum())} of {len(shapes)} samples have no image"
+    wrapped = trainer.model_wrapped
+    if isinstance(wrapped, torch.nn.parallel.DistributedDataParallel):
+        if not wrapped.find_unused_parameters and is_image_parameter_trained(trainer):
+            raise TrainerError(
+                f"{count}: a rank whose microbatch has none never uses the vision encoder, and DDP with "
+                "find_unused_parameters=False then waits for ever (with or without balancing). Set "
+                "ddp_find_unused_parameters=True, with gradient_checkpointing_kwargs={'use_reentrant': False} if "
+                "you use gradient checkpointing."
+            )
+    elif trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        raise TrainerError(
+            f"{count}: a rank whose microbatch has none skips the collectives of the vision encoder that the others "
+            "run, and all wait for ever (with or without balancing). Train on the samples with images, or use DDP."
+        )
+
+
+def check_processor(trainer: Any, dataset: Any) -> None:
+    """Raise when the dataset was annotated with another processor than the Trainer's.
+
+    Raises:
+        TrainerError: both fingerprints, and the remedy.
+    """
+    from hf_dflop.profile import annotation_of, processor_fingerprint
+
+    annotation = annotation_of(dataset)
+    processor = trainer.processing_class
+    if annotation is None or processor is None or not hasattr(processor, "image_processor"):
+        return  # no record, or a bare tokenizer: check_samples decides
+    found = processor_fingerprint(processor, labels=annotation["labels"], max_length=annotation["max_length"])
+    if found != annotation["processor"]:
+        raise TrainerError(
+            f"the dataset was annotated with processor {annotation['processor']}, but the Trainer's "
+            f"processing_class is {found}: its token counts would be wrong. Annotate again: "
+            "profile_dataset(dataset, processor)."
+        )
+
+
+def check_samples(dataloader: Any, shapes: Shapes, image_token_id: int | None, count: int, seed: int) -> bool:
+    """Collate `count` random samples as training will, and compare their lengths with the shapes.
+
+    Returns:
+        `bool`: whether the collator pads (`True`), or joins samples into one row.
+
+    Raises:
+        ShapeMismatchError: naming the sample, the column, and both numbers.
+        TrainerError: the collated batch has no labels, so no label tokens can be counted.
+    """
+    dataset, collate = dataloader.dataset, dataloader.collate_fn
+    if len(dataset) != len(shapes):
+        raise ShapeMismatchError(
+            f"the annotated dataset has {len(shapes)} samples, the Trainer's train_dataset has {len(dataset)}. "
+            "Give both the same dataset: Trainer(train_dataset=ds, callbacks=[DflopCallback(ds)])."
+        )
+    generator = np.random.default_rng(seed)
+    picked = generator.choice(len(shapes), size=min(max(count, 2), len(shapes)), replace=False).tolist()
+    with _kept_random_state():
+        batch: Any = None
+        for index in picked[:count]:
+            batch = collate([dataset[index]])
+            _compare(batch, shapes, index, image_token_id)
+        # Two samples of different length tell a padding collator from one that joins them.
+        pair = collate([dataset[index] for index in picked[:2]]) if len(picked) > 1 else batch
+    if "labels" not in pair:
+        raise TrainerError(
+            f"the collator gives {sorted(pair)} and no 'labels', so the label tokens of a step cannot be counted "
+            "and its loss would depend on the grouping. Return labels from the data collator."
+        )
+    return bool(pair["input_ids"].shape[0] == min(2, len(picked)))
+
+
+def _compare(batch: Any, shapes: Shapes, index: int, image_token_id: int | None) -> None:
+    ids = batch["input_ids"]
+    length = int(batch["attention_mask"].sum()) if "attention_mask" in batch else int(ids.numel())
+    expected = int(shapes.llm_tokens[index])
+    if length != expected:
+        raise ShapeMismatchError(
+            f"sample {index} has {length} LLM tokens when collated, but its columns dflop_image_tokens + "
+            f"dflop_text_tokens say {expected}. The dataset was annotated with another processor, chat template or "
+            "max_length, or is in another order: annotate it again with the processor that the collator uses."
+        )
+    if image_token_id is not None:
+        images, expected = int((ids == image_token_id).sum()), int(shapes.image_tokens[index])
+        if images != expected:
+            raise ShapeMismatchError(
+                f"sample {index} has {images} image tokens when collated, but its column dflop_image_tokens says "
+                f"{expected}. Annotate the dataset again with the processor that the collator uses."
+            )
+
+
+class _kept_random_state:
+    """Gives every random generator its state back: a check must not change what training draws."""
+
+    def __enter__(self) -> None:
+        self._python, self._numpy, self._torch = (
+            random.getstate(),
+            np.random.get_state(),
+            torch.get_rng_state(),
+        )
+
+    def __exit__(self, *_: object) -> None:
+        random.setstate(self._python)
+        np.random.set_state(self._numpy)
+        torch.set_rng_state(self._torch)

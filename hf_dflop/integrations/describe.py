@@ -1,0 +1,84 @@
+"""What a Trainer really runs: where its ranks meet, what it trains, whether it recomputes activations."""
+
+from typing import Any
+
+import torch
+
+from hf_dflop.cost import Trainable
+
+__all__ = ["choose_objective", "describe_training", "is_image_parameter_trained"]
+
+
+def choose_objective(trainer: Any) -> str:
+    """The balancing objective that fits the places where ranks wait for each other.
+
+    `"stage"` for FSDP and ZeRO-3 (ranks meet in every layer), `"slot"` where they meet after every microbatch (TRL
+    trainers gather metrics in `compute_loss`; ZeRO-1/2 and `sync_each_batch` reduce each backward), else `"step"`.
+    """
+    if trainer.is_fsdp_enabled:
+        return "stage"
+    if trainer.is_deepspeed_enabled:
+        plugin = trainer.accelerator.state.deepspeed_plugin
+        return "stage" if plugin is not None and plugin.zero_stage == 3 else "slot"
+    if any(cls.__module__.partition(".")[0] == "trl" for cls in type(trainer).__mro__):
+        return "slot"
+    if trainer.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False):
+        return "slot"
+    return "step"
+
+
+def describe_training(trainer: Any) -> dict[str, Any]:
+    """Keyword arguments for `CostModel.analytic`: which modules are trained, and activation checkpointing."""
+    model = _plain_model(trainer)
+    llm = _llm_parameters(model)
+    size = sum(parameter.numel() for parameter in llm.values())
+    trained = sum(parameter.numel() for parameter in llm.values() if parameter.requires_grad)
+    encoder = _encoder(model)
+    in_encoder = {id(parameter) for parameter in encoder.parameters()} if encoder is not None else set()
+    outside = [p for p in model.parameters() if p.requires_grad and id(p) not in llm]
+    return {
+        "trainable": Trainable(
+            vision=any(encoder is None or id(parameter) in in_encoder for parameter in outside),
+            connector=any(id(parameter) not in in_encoder for parameter in outside),
+            # Low-rank adapters are a small share of the LLM that they sit in.
+            llm=2 * trained > size,
+            llm_adapters=0 < 2 * trained <= size,
+        ),
+        "checkpointing": bool(trainer.args.gradient_checkpointing),
+    }
+
+
+def is_image_parameter_trained(trainer: Any) -> bool:
+    """Whether anything outside the LLM (encoder, connector) is trained."""
+    model = _plain_model(trainer)
+    llm = _llm_parameters(model)
+    return any(parameter.requires_grad and id(parameter) not in llm for parameter in model.parameters())
+
+
+def _plain_model(trainer: Any) -> Any:
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _llm_parameters(model: Any) -> dict[int, torch.nn.Parameter]:
+    """The parameters of the decoder, the token embedding and the LM head, by identity."""
+    modules = (model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings())
+    return {id(p): p for module in modules if module is not None for p in module.parameters()}
+
+
+def _encoder(model: Any) -> Any | None:
+    """The vision encoder: what transformers names it, else the child that holds most of what is not the LLM."""
+    if hasattr(model, "get_encoder"):
+        try:
+            encoder = model.get_encoder(modality="image")
+        except (TypeError, AttributeError, ValueError):
+            encoder = None
+        if encoder is not None and encoder is not model and encoder is not getattr(model, "model", None):
+            return encoder
+    llm = _llm_parameters(model)
+    base = getattr(model, "model", model)
+    sizes = {
+        name: sum(p.numel() for p in child.parameters() if id(p) not in llm) for name, child in base.named_children()
+    }
+    name = max(sizes, key=lambda key: sizes[key], default=None)
+    return getattr(base, name) if name is not None and sizes[name] else None

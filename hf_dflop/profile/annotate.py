@@ -1,0 +1,179 @@
+"""Rows → the shape columns, without decoding a pixel. The function that `datasets.map` runs.
+
+The rendered text gets each image's replacement with every run of image tokens folded to one, and is tokenised
+once: the image token is a special token of its own, so folding a run of k removes exactly k - 1 tokens and changes
+no other, whatever the text around the image merges to. Only rows longer than `max_length` are tokenised in full.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hf_dflop.errors import DatasetError, DflopError, ProcessorError
+from hf_dflop.profile.tokens import ImageCount, TokenCounter
+from hf_dflop.rows import Layout, Rendered, Renderer, Row, image_size, read_row
+from hf_dflop.rows.labels import Span, expand, labelled
+from hf_dflop.shapes import SHAPE_COLUMNS
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+__all__ = ["Annotator"]
+
+_SUMMED = {
+    "image_tiles": "tiles",
+    "image_patches": "patches",
+    "image_patches_sq": "patches_sq",
+    "image_tokens": "image_tokens",
+}
+
+
+class Annotator:
+    """Counts the rows of a dataset; call it with a batch as `datasets.map` does in the arrow format."""
+
+    def __init__(
+        self, counter: TokenCounter, layout: Layout, labels: str = "assistant", max_length: int | None = None
+    ) -> None:
+        self.counter = counter
+        self.layout = layout
+        self.max_length = max_length
+        self.renderer = Renderer(counter.processor, labels)
+        self.tokenizer = counter.processor.tokenizer
+        if not getattr(self.tokenizer, "is_fast", False):
+            raise ProcessorError(
+                f"{type(self.tokenizer).__name__} is not a fast tokenizer; the offsets of its tokens are needed to "
+                "tell which are learned"
+            )
+
+    def __call__(self, table: "pa.Table", indices: Sequence[int]) -> dict[str, list[int]]:
+        columns = [self._values(name, table.column(name)) for name in table.column_names]
+        rows = [
+            read_row(dict(zip(table.column_names, values, strict=True)), self.layout, index=index)
+            for index, values in zip(indices, zip(*columns, strict=True), strict=True)
+        ]
+        counted = self.count(rows)
+        return {name: [row[name.removeprefix("dflop_")] for row in counted] for name in SHAPE_COLUMNS}
+
+    def _values(self, name: str, column: "pa.ChunkedArray") -> list[Any]:
+        """Python values of a column; bytes of images stay in the table, of which only the headers are read."""
+        import pyarrow as pa
+
+        kind = column.type
+        is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+        cell = kind.value_type if is_list else kind
+        if name != self.layout.image_column or not pa.types.is_struct(cell) or cell.get_field_index("bytes") < 0:
+            return column.to_pylist()
+        return [
+            None if not value.is_valid else [_cell(v) for v in value] if is_list else _cell(value) for value in column
+        ]
+
+    def count(self, rows: Sequence[Row]) -> list[dict[str, int]]:
+        """The counts of each row, by the field names of `Shapes`.
+
+        Raises:
+            DatasetError: an image cannot be read or processed, or `max_length` would cut one; names the row.
+        """
+        images = [self._images(row) for row in rows]
+        rendered = [self._prepared(self.renderer(row), row) for row in rows]
+        folded = [
+            expand(text.text, self.counter.token.placeholder, [image.folded for image in parts], text.spans)
+            for text, parts in zip(rendered, images, strict=True)
+        ]
+        tokens = self._tokenize([text for text, _ in folded], rendered)
+        results = []
+        for row, parts, text, (_, spans), (ids, offsets) in zip(rows, images, rendered, folded, tokens, strict=True):
+            runs = [run for image in parts for run in image.runs]
+            is_feature = ids == self.counter.token.feature_id
+            if int(is_feature.sum()) != len(runs):
+                raise DatasetError(
+                    f"{row.name}: the text itself contains the image token {self.counter.token.feature!r}"
+                )
+            counts = {field: sum(getattr(image, name) for image in parts) for field, name in _SUMMED.items()}
+            counts["num_images"] = len(parts)
+            counts["text_tokens"] = len(ids) - len(runs)
+            learned = labelled(offsets, spans, self.renderer.labels) & ~is_feature
+            counts["label_tokens"] = int(learned[1:].sum())
+            if text.suffix is not None:
+                self._add_suffix(counts, text.suffix)
+            if self.max_length is not None and counts["text_tokens"] + counts["image_tokens"] > self.max_length:
+                self._cut(counts, row, parts, text)
+            results.append(counts)
+        return results
+
+    def _images(self, row: Row) -> list[ImageCount]:
+        column = "" if self.layout.image_column is None else f", column {self.layout.image_column!r}"
+        sizes = [image_size(cell, where=f"{row.name}{column}, image {i}") for i, cell in enumerate(row.images)]
+        try:
+            return self.counter.count(sizes)
+        except DflopError:
+            raise
+        except Exception as error:
+            raise DatasetError(
+                f"{row.name}{column}: the processor refuses an image among {[(w, h) for h, w in sizes]} "
+                f"(width, height): {error}"
+            ) from error
+
+    def _prepared(self, text: Rendered, row: Row) -> Rendered:
+        """PaliGemma moves BOS behind the image; its own method does it, on pictures of one pixel."""
+        if text.suffix is None:
+            return text
+        from PIL import Image
+
+        pictures = [[Image.new("RGB", (1, 1)) for _ in row.images]]
+        prepared = self.counter.processor.prepare_inputs_layout(images=pictures, text=[text.text])[1]
+        spans = [(0, len(prepared[0]))] if self.renderer.labels == "all" else []
+        return Rendered(text=prepared[0], spans=spans, suffix=text.suffix)
+
+    def _tokenize(
+        self, texts: Sequence[str], rendered: Sequence[Rendered], **kwargs: Any
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Ids `(num_tokens,)` and offsets `(num_tokens, 2)` of each text."""
+        result: list[Any] = [None] * len(texts)
+        for special in (True, False):
+            picked = [i for i, text in enumerate(rendered) if text.add_special_tokens is special]
+            if not picked:
+                continue
+            encoded = self.tokenizer(
+                [texts[i] for i in picked],
+                add_special_tokens=special,
+                return_offsets_mapping=True,
+                return_attention_mask=False,
+                padding=False,
+                **{"truncation": False, **kwargs},
+            )
+            for i, ids, offsets in zip(picked, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+                result[i] = np.asarray(ids, np.int64), np.asarray(offsets, np.int64).reshape(-1, 2)
+        return result
+
+    def _add_suffix(self, counts: dict[str, int], suffix: str) -> None:
+        ids = self.tokenizer(suffix + self.tokenizer.eos_token, add_special_tokens=False)["input_ids"]
+        counts["label_tokens"] += len(ids)
+        counts["text_tokens"] += len(ids)
+
+    def _cut(self, counts: dict[str, int], row: Row, images: Sequence[ImageCount], text: Rendered) -> None:
+        """Count a row that is longer than `max_length`, as the tokenizer cuts it."""
+        assert self.max_length is not None
+        length = counts["text_tokens"] + counts["image_tokens"]
+        advice = f"{row.name}: {length} tokens, more than max_length={self.max_length}; "
+        if text.suffix is not None:
+            raise DatasetError(advice + "prompt and suffix are not cut, so drop the row or raise max_length")
+        placeholder = self.counter.token.placeholder
+        spans: list[Span]
+        full, spans = expand(text.text, placeholder, [image.replacement for image in images], text.spans)
+        (ids, offsets), *_ = self._tokenize([full], [text], truncation=True, max_length=self.max_length)
+        is_feature = ids == self.counter.token.feature_id
+        if int(is_feature.sum()) != counts["image_tokens"]:
+            raise DatasetError(
+                advice + f"the cut would keep {int(is_feature.sum())} of {counts['image_tokens']} image tokens, and "
+                "images cannot be cut: drop the row or raise max_length"
+            )
+        counts["text_tokens"] = len(ids) - counts["image_tokens"]
+        counts["label_tokens"] = int((labelled(offsets, spans, self.renderer.labels) & ~is_feature)[1:].sum())
+
+
+def _cell(value: "pa.StructScalar") -> dict[str, Any] | None:
+    """An image cell whose bytes are a buffer of the table, not a copy."""
+    if not value.is_valid:
+        return None
+    return {"bytes": value["bytes"].as_buffer(), "path": value["path"].as_py() if "path" in value else None}

@@ -1,0 +1,138 @@
+"""What a dataset is made of: totals and quantiles of its shape columns, and figures.
+
+Input: `Shapes`. Output: `DatasetProfile`, which prints, saves (`profile.json`, `shapes.npz`, and figures where
+matplotlib is installed) and loads. The per-sample counts are kept, since planning draws global batches from them.
+"""
+
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hf_dflop.errors import DatasetError
+from hf_dflop.shapes import SHAPE_COLUMNS, Shapes
+
+__all__ = ["DatasetProfile"]
+
+QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
+_FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DatasetProfile:
+    """Totals and quantiles of a dataset's shape columns.
+
+    Example:
+        >>> shapes = Shapes(num_images=[1, 0], image_tiles=[2, 0], image_patches=[8, 0], image_patches_sq=[32, 0],
+        ...                 image_tokens=[8, 0], text_tokens=[4, 6], label_tokens=[2, 3])
+        >>> profile = DatasetProfile.from_shapes(shapes)
+        >>> profile.totals["text_tokens"], profile.quantiles["llm_tokens"]["1.0"]
+        (10, 12.0)
+    """
+
+    num_samples: int
+    """Rows of the dataset."""
+    totals: dict[str, int]
+    """Sum of each count over the dataset, by the field names of `Shapes`, and `llm_tokens`."""
+    quantiles: dict[str, dict[str, float]]
+    """Quantiles of each count over the samples: name → {"0.5": median, ...}."""
+    provenance: dict[str, Any]
+    """Where the dataset came from and what it was annotated with."""
+    shapes: Shapes | None = None
+    """Counts of every sample; `None` in a profile that was saved without them."""
+
+    @classmethod
+    def from_shapes(cls, shapes: Shapes, *, provenance: dict[str, Any] | None = None) -> "DatasetProfile":
+        """Summarise shapes.
+
+        Raises:
+            DatasetError: there are no samples.
+        """
+        if not len(shapes):
+            raise DatasetError("there are no samples to profile")
+        columns = {field.name: getattr(shapes, field.name) for field in fields(Shapes)}
+        columns["llm_tokens"] = shapes.llm_tokens
+        return cls(
+            num_samples=len(shapes),
+            totals={name: int(values.sum()) for name, values in columns.items()},
+            quantiles={
+                name: {str(q): float(v) for q, v in zip(QUANTILES, np.quantile(values, QUANTILES), strict=True)}
+                for name, values in columns.items()
+            },
+            provenance=dict(provenance or {}),
+            shapes=shapes,
+        )
+
+    def summary(self) -> str:
+        """The profile as a text table."""
+        shown = ("0.05", "0.5", "0.95", "0.99", "1.0")
+        heads = ("5 %", "median", "95 %", "99 %", "max")
+        lines = [f"{self.num_samples:,} samples", f"{'':18}{'total':>16}" + "".join(f"{h:>12}" for h in heads)]
+        for name, values in self.quantiles.items():
+            cells = "".join(f"{values[q]:>12,.0f}" for q in shown)
+            lines.append(f"{name:18}{self.totals[name]:>16,}{cells}")
+        return "\n".join(lines)
+
+    def save(self, directory: str | Path, *, samples: bool = True) -> None:
+        """Write `profile.json`, `shapes.npz` (unless `samples=False`), and figures where matplotlib is installed."""
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        written = {
+            "format": _FORMAT,
+            "num_samples": self.num_samples,
+            "totals": self.totals,
+            "quantiles": self.quantiles,
+            "provenance": self.provenance,
+        }
+        (folder / "profile.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+        (folder / "shapes.npz").unlink(missing_ok=True)
+        if samples and self.shapes is not None:
+            columns: dict[str, Any] = dict(self.shapes.to_columns())
+            np.savez_compressed(folder / "shapes.npz", **columns)
+            _draw(self.shapes, folder)
+
+    @classmethod
+    def load(cls, directory: str | Path) -> "DatasetProfile":
+        """Read a profile that `save` wrote.
+
+        Raises:
+            DatasetError: the folder holds no profile, or one of a newer format.
+        """
+        path = Path(directory) / "profile.json"
+        if not path.is_file():
+            raise DatasetError(f"{path} is not there; pass a folder that DatasetProfile.save wrote")
+        read = json.loads(path.read_text(encoding="utf-8"))
+        if read.pop("format", None) != _FORMAT:
+            raise DatasetError(f"{path} has another format than {_FORMAT}; profile the dataset again")
+        shapes = None
+        if (samples := path.with_name("shapes.npz")).is_file():
+            with np.load(samples, allow_pickle=False) as file:
+                shapes = Shapes.from_columns({name: file[name] for name in SHAPE_COLUMNS})
+        return cls(**read, shapes=shapes)
+
+
+def _draw(shapes: Shapes, folder: Path) -> None:
+    """profile.png and profile.svg: joint histogram of both workloads, and how much the largest samples weigh."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    joint, tail = figure.subplots(1, 2)
+    patches, tokens = shapes.image_patches, shapes.llm_tokens
+    counts, x_edges, y_edges = np.histogram2d(patches, tokens, bins=40)
+    mesh = joint.pcolormesh(x_edges, y_edges, np.where(counts.T > 0, counts.T, np.nan), norm="log", cmap="viridis")
+    figure.colorbar(mesh, ax=joint, label="samples")
+    joint.set(xlabel="image patches (vision encoder)", ylabel="LLM tokens", title="What each module gets per sample")
+    share = np.arange(1, len(shapes) + 1) / len(shapes)
+    for values, label in ((patches, "image patches"), (tokens, "LLM tokens")):
+        heaviest = np.sort(values)[::-1].cumsum()
+        if heaviest[-1]:
+            tail.plot(share, heaviest / heaviest[-1], label=label)
+    tail.plot([0, 1], [0, 1], color="grey", linewidth=0.8, linestyle="--", label="all samples equal")
+    tail.set(xlabel="share of samples, heaviest first", ylabel="share of the total", title="Tail")
+    tail.legend()
+    figure.savefig(folder / "profile.png", dpi=120)
+    figure.savefig(folder / "profile.svg")

@@ -1,0 +1,71 @@
+"""Count what a really processed row holds, and compare it with the annotation.
+
+Input: the tensors of `rows.encode` for one row. Output: the seven counts of `Shapes`.
+Tiles whose values are all zero only pad a batch (a normalised black tile is not zero); encoders drop them.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from hf_dflop.errors import DatasetError, ShapeMismatchError
+from hf_dflop.rows import Row, encode
+from hf_dflop.rows.render import Renderer
+
+if TYPE_CHECKING:
+    from hf_dflop.profile.tokens import TokenCounter
+
+__all__ = ["check_row", "measure"]
+
+
+def measure(batch: dict[str, Any], counter: "TokenCounter") -> dict[str, int]:
+    """The counts of a batch of one row, by the field names of `Shapes` (all but `num_images`)."""
+    tiles = _tiles(batch, counter)
+    length = int(batch["attention_mask"].sum())
+    image_tokens = int((batch["input_ids"] == counter.token.feature_id).sum())
+    return {
+        "image_tiles": len(tiles),
+        "image_patches": sum(tiles),
+        "image_patches_sq": sum(patches**2 for patches in tiles),
+        "image_tokens": image_tokens,
+        "text_tokens": length - image_tokens,
+        "label_tokens": int((batch["labels"][:, 1:] != -100).sum()),
+    }
+
+
+def check_row(
+    processor: Any,
+    row: Row,
+    counted: dict[str, int],
+    counter: "TokenCounter",
+    renderer: Renderer,
+    max_length: int | None,
+) -> None:
+    """Process a row and compare every count.
+
+    Raises:
+        ShapeMismatchError: a count differs; names the row, the column and both numbers.
+    """
+    batch = encode(processor, [row], labels=renderer.labels, max_length=max_length, renderer=renderer)
+    for name, found in measure(batch, counter).items():
+        if counted[name] != found:
+            raise ShapeMismatchError(
+                f"{row.name}: column dflop_{name} was computed as {counted[name]}, but the processor gives {found}. "
+                "Nothing was written. The processor and its config may belong to different models; otherwise this "
+                "processor cannot be counted from image sizes"
+            )
+
+
+def _tiles(batch: dict[str, Any], counter: "TokenCounter") -> list[int]:
+    """Patches of each tile that the encoder runs."""
+    if "image_grid_thw" in batch:
+        return [int(grid.prod()) for grid in batch["image_grid_thw"]]
+    pixels = batch.get("pixel_values")
+    if pixels is None:
+        return []
+    if counter.structure == "native":
+        return [counter.tile_patches(int(h), int(w)) for h, w in batch["image_sizes"]]
+    if pixels.ndim not in (4, 5):
+        raise DatasetError(f"pixel_values has {pixels.ndim} dimensions; expected 4 or 5")
+    if pixels.ndim == 5:
+        pixels = pixels.flatten(0, 1)
+        pixels = pixels[pixels.flatten(1).any(dim=1)]
+    return [counter.tile_patches(*pixels.shape[-2:])] * len(pixels)

@@ -1,0 +1,211 @@
+"""A row as text: one placeholder per image, and the character spans that are learned.
+
+Input: a `Row`. Output: `Rendered`. The text comes from the chat template of the processor, else of its tokenizer.
+Without a template, turns are joined plainly: their contents in order, a line break between turns, the tokenizer's
+end-of-sequence token after each assistant turn, no role names. Processors that take a `suffix` (PaliGemma) get
+the last assistant turn as suffix and everything before it as prompt.
+
+What an assistant said is found by rendering the conversation prefix by prefix, not by searching for its text.
+Assumption: a longer conversation begins like a shorter one, which the code checks.
+"""
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hf_dflop.errors import DatasetError, ProcessorError
+from hf_dflop.rows.labels import Span, check_policy
+from hf_dflop.rows.layout import Row
+
+__all__ = ["ImageToken", "Rendered", "Renderer", "image_token"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImageToken:
+    """The two faces of an image in text."""
+
+    placeholder: str
+    """Stands for one whole image in the text that the processor gets."""
+    feature: str
+    """Repeated once per LLM position that holds image features, after the processor expanded the placeholder."""
+    feature_id: int
+    """Token id of `feature`."""
+
+
+def image_token(processor: Any) -> ImageToken:
+    """The placeholder and the feature token of a processor.
+
+    Raises:
+        ProcessorError: the processor has no image token.
+    """
+    placeholder = getattr(processor, "image_token", None)
+    declared = [i for i in (getattr(processor, "image_token_ids", None) or []) if i is not None]
+    main = getattr(processor, "image_token_id", None)
+    # Gemma 3 calls its begin-of-image token `image_token_id`; what it declares as features is in `image_token_ids`.
+    feature_id = main if main in declared or not declared else declared[0]
+    if placeholder is None or feature_id is None:
+        raise ProcessorError(
+            f"{type(processor).__name__} has no image token; a processor of a vision-language model whose "
+            "images become part of the LLM sequence is needed"
+        )
+    feature = processor.tokenizer.convert_ids_to_tokens(feature_id)
+    return ImageToken(placeholder=placeholder, feature=feature, feature_id=int(feature_id))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rendered:
+    """A row as text."""
+
+    text: str
+    """Text with one placeholder per image."""
+    spans: list[Span]
+    """Character spans of `text` that are learned."""
+    suffix: str | None = None
+    """For processors that take prompt and suffix apart: the suffix."""
+    add_special_tokens: bool = True
+    """Whether the tokenizer adds its own special tokens (not when the template wrote BOS already)."""
+
+
+class Renderer:
+    """Turns rows into text for one processor and label policy.
+
+    Example:
+        >>> rendered = Renderer(processor, "assistant")(row)                            # doctest: +SKIP
+        >>> [rendered.text[a:b] for a, b in rendered.spans]                             # doctest: +SKIP
+        ['A cat.<|im_end|>']
+    """
+
+    def __init__(self, processor: Any, labels: str = "assistant") -> None:
+        check_policy(labels)
+        self.processor = processor
+        self.labels = labels
+        self.token = image_token(processor)
+        self.takes_suffix = "suffix" in inspect.signature(type(processor).__call__).parameters
+        self._owner, self._template = _find_template(processor)
+        self._bos: str = getattr(processor.tokenizer, "bos_token", None) or ""
+        self._takes_parts = self._template is None or self._handles_parts()
+        self._header = self._generation_header() if self._template is not None else ""
+
+    def __call__(self, row: Row) -> Rendered:
+        """Render a row.
+
+        Raises:
+            DatasetError: the text holds a different number of placeholders than the row has images.
+            ProcessorError: the template renders turns in a way from which the assistant's part cannot be told.
+        """
+        if self.takes_suffix:
+            rendered = self._suffix(row)
+        elif self._template is None:
+            rendered = self._plain(row)
+        else:
+            rendered = self._templated(row)
+        found = rendered.text.count(self.token.placeholder)
+        if found != len(row.images):
+            raise DatasetError(
+                f"{row.name}: the rendered text has {found} placeholders {self.token.placeholder!r} for "
+                f"{len(row.images)} images; the chat template drops image parts, or the text contains the placeholder"
+            )
+        return rendered
+
+    def _templated(self, row: Row) -> Rendered:
+        text = self._render(row.messages)
+        spans = [(0, len(text))] if self.labels == "all" else self._assistant_spans(row, text)
+        has_bos = self._bos != "" and text.startswith(self._bos)
+        return Rendered(text=text, spans=spans, add_special_tokens=not has_bos)
+
+    def _assistant_spans(self, row: Row, text: str) -> list[Span]:
+        spans = []
+        for i, turn in enumerate(row.messages):
+            if turn["role"] != "assistant":
+                continue
+            last = i == len(row.messages) - 1
+            end = len(text) if last else _common(self._render(row.messages[: i + 1]), text)
+            if i:
+                asked = self._render(row.messages[:i], add_generation_prompt=True)
+                start = _common(asked, text)
+                if start < len(asked) and self._header and text.startswith(self._header, start):
+                    start += len(self._header)  # the template ends a last turn in a way of its own
+            else:
+                header = text.find(self._header)
+                start = header + len(self._header) if header >= 0 else 0
+            said = [part["text"].strip() for part in turn["content"] if part["type"] == "text"]
+            turn_text = text[start:end]
+            if start > end or any(t[:16] not in turn_text or t[-16:] not in turn_text for t in said):
+                raise ProcessorError(
+                    f"{row.name}: the chat template does not render turn {i} as a continuation of the turns before "
+                    "it, so the assistant's part cannot be told; use labels='all', or another chat template"
+                )
+            end = start + len(text[start:end].rstrip())
+            if start < end:
+                spans.append((start, end))
+        return spans
+
+    def _plain(self, row: Row) -> Rendered:
+        eos = getattr(self.processor.tokenizer, "eos_token", None) or ""
+        text, spans = "", []
+        for i, turn in enumerate(row.messages):
+            text += "\n" if i and text else ""
+            start = len(text)
+            text += self._flat(turn["content"])
+            if turn["role"] == "assistant":
+                text += eos
+                spans.append((start, len(text)))
+        return Rendered(text=text, spans=[(0, len(text))] if self.labels == "all" else spans)
+
+    def _suffix(self, row: Row) -> Rendered:
+        last = row.messages[-1] if row.messages else None
+        if not row.images:
+            raise DatasetError(f"{row.name}: has no image, and {type(self.processor).__name__} needs one in every row")
+        if last is None or last["role"] != "assistant" or any(p["type"] == "image" for p in last["content"]):
+            raise DatasetError(
+                f"{row.name}: {type(self.processor).__name__} learns a suffix, so the last turn must be the "
+                "assistant's and hold no image"
+            )
+        text = "\n".join(self._flat(turn["content"]) for turn in row.messages[:-1])
+        return Rendered(text=text, spans=[], suffix=self._flat(last["content"]))
+
+    def _flat(self, parts: Sequence[dict[str, Any]]) -> str:
+        return "".join(self.token.placeholder if part["type"] == "image" else part["text"] for part in parts)
+
+    def _render(self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = False) -> str:
+        conversation = [
+            {**turn, "content": turn["content"] if self._takes_parts else self._flat(turn["content"])}
+            for turn in messages
+        ]
+        kwargs: dict[str, Any] = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
+        return str(self._owner.apply_chat_template(conversation, chat_template=self._template, **kwargs))
+
+    def _handles_parts(self) -> bool:
+        """Whether the template understands content parts; templates of text-only models print the list."""
+        self._takes_parts = True
+        try:
+            text = self._render([{"role": "user", "content": [{"type": "text", "text": "dflop-probe"}]}])
+        except Exception:
+            return False
+        return "dflop-probe" in text and "'type'" not in text and '"type"' not in text
+
+    def _generation_header(self) -> str:
+        asked = [{"role": "user", "content": [{"type": "text", "text": "x"}]}]
+        try:
+            before, after = self._render(asked), self._render(asked, add_generation_prompt=True)
+        except Exception as error:
+            raise ProcessorError(f"the chat template of {type(self.processor).__name__} fails: {error}") from error
+        return after[len(before) :] if after.startswith(before) else ""
+
+
+def _find_template(processor: Any) -> tuple[Any, str | None]:
+    for owner in (processor, processor.tokenizer):
+        template = getattr(owner, "chat_template", None)
+        if isinstance(template, dict):
+            template = template.get("default")
+        if template is not None:
+            return owner, template
+    return None, None
+
+
+def _common(one: str, other: str) -> int:
+    """Length of the common beginning of two texts."""
+    if other.startswith(one):
+        return len(one)
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), len(other))

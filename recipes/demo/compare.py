@@ -1,0 +1,171 @@
+"""Train the demo's model under each sampler, in turn, in one invocation. Launched by `recipes.demo` on every rank.
+
+Every arm starts from the same weights and sees the same samples once. Arms are interleaved, their order rotates from
+round to round, and a finished run leaves a JSON behind that is not computed again after an interruption.
+"""
+
+import argparse
+import copy
+import json
+import os
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from transformers import TrainingArguments, set_seed
+
+from hf_dflop.cost import CostModel, ModelSpec, Observation, Trainable
+from hf_dflop.integrations.trace import read_trace
+from hf_dflop.shapes import Shapes
+from recipes import finetune_vlm
+from recipes.demo.settings import ARMS, DemoSettings
+
+__all__ = ["main"]
+
+
+class CountingCollator:
+    """Counts what a padding collator computes and what of it is padding."""
+
+    def __init__(self, collator: Any) -> None:
+        self.collator = collator
+        self.tokens = 0
+        self.computed = 0
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = self.collator(rows)
+        self.tokens += int(batch["attention_mask"].sum())
+        self.computed += int(batch["attention_mask"].numel())
+        return batch
+
+
+def calibrate(ingredients: finetune_vlm.Ingredients, count: int, path: Path, rank: int) -> CostModel:
+    """Measure `count` real microbatches (every rank the same number at the same time), fit, save and return."""
+    shapes = Shapes.of_dataset(ingredients.train)
+    model = copy.deepcopy(ingredients.model).train()
+    order = torch.randperm(len(shapes), generator=torch.Generator().manual_seed(1)).tolist()
+    observations = []
+    begin = 0
+    for index in range(-1, count):  # one more to warm up
+        size = 1 + index % 3
+        picked = order[begin : begin + size]
+        begin += size
+        batch = ingredients.collator([ingredients.train[i] for i in picked])
+        start = time.perf_counter()
+        model(**batch).loss.backward()
+        seconds = time.perf_counter() - start
+        if index >= 0:
+            observations.append(Observation(shapes=shapes.select(picked), padded=True, seconds=seconds))
+        model.zero_grad()
+    if rank == 0:
+        spec = ModelSpec.from_config(model.config)
+        CostModel.fit(spec, observations, trainable=Trainable(), causal_factor=1.0).save(path)
+    torch.distributed.barrier()
+    return CostModel.load(path)
+
+
+def run(
+    arm: str, round_: int, settings: DemoSettings, ingredients: finetune_vlm.Ingredients, training: TrainingArguments
+) -> dict[str, Any]:
+    """One training run from the initial weights; returns what the report needs."""
+    folder = Path(training.output_dir)
+    recipe = finetune_vlm.RecipeArguments(
+        balance="on" if arm == "balanced" else "off",
+        cost_model=str(settings.output_dir / "cost_model.json"),
+        trace_dir=str(folder / "trace"),
+    )
+    set_seed(training.seed)
+    collator = CountingCollator(ingredients.collator)
+    own = copy.copy(ingredients)
+    own.model = copy.deepcopy(ingredients.model)
+    own.collator = collator  # type: ignore[assignment]
+    trainer = finetune_vlm.build_trainer(recipe, training, own)
+    evaluated = round_ == 0 and arm in ("stock", "balanced")
+    before = trainer.evaluate(metric_key_prefix="before") if evaluated else {}
+    collator.tokens = collator.computed = 0
+    trainer.train()
+    counts = gather_object([(collator.tokens, collator.computed)])
+    after = trainer.evaluate(metric_key_prefix="after") if evaluated else {}
+    peaks = gather_object([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024])
+    ranks = read_trace(folder / "trace")
+    seconds = max(steps[-1]["end_s"] for steps in ranks) - min(steps[0]["begin_s"] for steps in ranks)
+    history = trainer.state.log_history
+    return {
+        "arm": arm,
+        "round": round_,
+        "num_ranks": len(ranks),
+        "num_steps": len(ranks[0]),
+        "num_samples": len(ingredients.train),
+        "seconds": seconds,
+        "samples_per_s": len(ingredients.train) / seconds,
+        "tokens_per_s": sum(tokens for tokens, _ in counts) / seconds,
+        "padding_share": 1 - sum(tokens for tokens, _ in counts) / sum(computed for _, computed in counts),
+        "idle_fraction": _mean_idle(history),
+        "losses": [log["loss"] for log in history if "loss" in log],
+        "grad_norms": [log["grad_norm"] for log in history if "grad_norm" in log],
+        "logs": [log for log in history if "dflop/step_s" in log],
+        "evaluation": {**before, **after},
+        "peak_memory_bytes": peaks,
+        "ranks": ranks,
+    }
+
+
+def _mean_idle(history: list[dict[str, Any]]) -> float:
+    """Idle share of the whole run: waiting seconds ÷ step seconds, over its steps."""
+    logs = [log for log in history if "dflop/idle_fraction" in log]
+    waited = sum(log["dflop/idle_fraction"] * log["dflop/step_s"] for log in logs)
+    return waited / sum(log["dflop/step_s"] for log in logs)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--settings", type=Path, required=True, help="JSON of DemoSettings")
+    settings = DemoSettings.load(parser.parse_args().settings)
+    output = settings.output_dir
+    training = TrainingArguments(output_dir=str(output / "runs"), **settings.training_arguments("stock"))
+    expected = int(os.environ.get("WORLD_SIZE", "1"))
+    assert training.world_size == expected == settings.num_ranks, (training.world_size, expected)
+    rank = training.process_index
+    torch.set_num_threads(1)
+    recipe = finetune_vlm.RecipeArguments(eval_split="test", demo_cache=str(settings.cache), dtype="float32")
+    ingredients = finetune_vlm.prepare(recipe, training)
+    train = ingredients.train.select(range(settings.num_samples))
+    ingredients.train = train.add_column("length", settings.lengths(train))
+    assert ingredients.evaluation is not None
+    ingredients.evaluation = ingredients.evaluation.select(
+        range(min(settings.num_eval_samples, len(ingredients.evaluation)))
+    )
+    path = output / "cost_model.json"
+    if not path.exists():
+        if rank == 0:
+            print(f"[demo] measuring {settings.num_calibration} microbatches to fit the cost model", flush=True)
+        calibrate(ingredients, settings.num_calibration, path, rank)
+    for round_ in range(settings.num_rounds):
+        for arm in ARMS[round_ % len(ARMS) :] + ARMS[: round_ % len(ARMS)]:
+            result_path = output / "runs" / f"{arm}-{round_}.json"
+            done = gather_object([result_path.exists()])
+            if all(done):
+                continue
+            if rank == 0:
+                print(f"[demo] round {round_ + 1} of {settings.num_rounds}: {arm}", flush=True)
+            training = TrainingArguments(
+                output_dir=str(output / "runs" / f"{arm}-{round_}"), **settings.training_arguments(arm)
+            )
+            result = run(arm, round_, settings, ingredients, training)
+            if rank == 0:
+                draft = result_path.with_suffix(".part")
+                draft.write_text(json.dumps(result), encoding="utf-8")
+                draft.rename(result_path)
+                print(
+                    f"[demo]   {result['samples_per_s']:.2f} samples/s, waiting {result['idle_fraction']:.1%}, "
+                    f"padding {result['padding_share']:.0%}",
+                    flush=True,
+                )
+            torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

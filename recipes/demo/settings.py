@@ -1,0 +1,73 @@
+"""What the demo runs: sizes, arms, and the `TrainingArguments` of each arm."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from hf_dflop.shapes import Shapes
+
+__all__ = ["ARMS", "DemoSettings"]
+
+ARMS: list[str] = ["stock", "balanced", "group_by_length", "batch_rebalance"]
+"""Trainer's default sampler, the same with DflopCallback, and Trainer's two strategies that look at lengths."""
+
+
+@dataclass(kw_only=True)
+class DemoSettings:
+    """Sizes of the demo; the same on every rank, kept as JSON beside the results."""
+
+    output_dir: Path
+    cache: Path
+    num_ranks: int = 2
+    batch_size: int = 2
+    accumulation: int = 4
+    num_steps: int = 6
+    num_rounds: int = 3
+    num_calibration: int = 16
+    num_eval_samples: int = 24
+    learning_rate: float = 1e-3
+
+    @property
+    def num_samples(self) -> int:
+        """Training samples: every arm sees each of them once."""
+        return self.num_steps * self.accumulation * self.batch_size * self.num_ranks
+
+    def training_arguments(self, arm: str) -> dict[str, Any]:
+        """Keyword arguments for `TrainingArguments`: all arms but for the sampler alike."""
+        strategy = "random" if arm in ("stock", "balanced") else arm
+        return {
+            "per_device_train_batch_size": self.batch_size,
+            "per_device_eval_batch_size": 1,
+            "gradient_accumulation_steps": self.accumulation,
+            "num_train_epochs": 1,
+            "learning_rate": self.learning_rate,
+            "lr_scheduler_type": "constant",
+            "weight_decay": 0.01,
+            "max_grad_norm": 1.0,
+            "train_sampling_strategy": strategy,
+            "length_column_name": "length",
+            "remove_unused_columns": False,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": [],
+            "disable_tqdm": True,
+            "use_cpu": True,
+            "seed": 7,
+            "ddp_timeout": 600,
+            "log_level": "error",
+        }
+
+    @staticmethod
+    def lengths(dataset: Any) -> list[int]:
+        """LLM tokens of each sample: what Trainer's length-aware strategies need to be told."""
+        return Shapes.of_dataset(dataset).llm_tokens.tolist()
+
+    def save(self, path: Path) -> None:
+        fields = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items()}
+        path.write_text(json.dumps(fields, indent=2), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> "DemoSettings":
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        return cls(**{**fields, "output_dir": Path(fields["output_dir"]), "cache": Path(fields["cache"])})

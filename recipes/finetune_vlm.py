@@ -1,0 +1,215 @@
+"""Fine-tune a vision-language model with balanced microbatches, on any number of devices.
+
+    # one node, all devices
+    accelerate launch recipes/finetune_vlm.py --config recipes/configs/onevision_cauldron.yaml
+
+    # two CPU processes: accelerate starts two only when it is told that it has several devices
+    accelerate launch --multi_gpu --num_processes 2 recipes/finetune_vlm.py --use_cpu --balance on --max_steps 10
+
+`--balance off` trains the same steps with the stock grouping, and still measures how long ranks wait. Every flag of
+`transformers.TrainingArguments` can be given; `--config FILE.yaml` holds flags that the command line overrides.
+Without `--model` and `--dataset` the demo's own small model and documents are fetched and used.
+"""
+
+import logging
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from datasets import Dataset, DatasetDict
+from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentParser, Trainer, TrainingArguments
+
+import hf_dflop
+from hf_dflop import metrics
+from hf_dflop.cost import CostModel
+
+logger = logging.getLogger(__name__)
+_DEMO = "demo"
+
+
+@dataclass(kw_only=True)
+class RecipeArguments:
+    """What this recipe adds to `TrainingArguments`."""
+
+    model: str = field(default=_DEMO, metadata={"help": "Hub id or local folder of a model and its processor."})
+    dataset: str = field(default=_DEMO, metadata={"help": "Hub id, local folder or file of the dataset."})
+    dataset_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset, e.g. ai2d."})
+    train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    eval_split: str | None = field(default=None, metadata={"help": "Split to evaluate on, before and after."})
+    max_samples: int | None = field(default=None, metadata={"help": "Train on the first N samples only."})
+    balance: str = field(
+        default="on",
+        metadata={
+            "help": "on: balance microbatches. off: keep the stock grouping, and only measure.",
+            "choices": ["on", "off"],
+        },
+    )
+    labels: str = field(
+        default="assistant",
+        metadata={"help": "Which tokens are learned.", "choices": ["assistant", "all"]},
+    )
+    max_length: int | None = field(default=None, metadata={"help": "Cut a sample's text after so many tokens."})
+    freeze_vision: bool = field(default=False, metadata={"help": "Do not train the vision encoder."})
+    dtype: str = field(default="auto", metadata={"help": "Load the weights as auto, float32, bfloat16, ..."})
+    profile_workers: int | None = field(default=None, metadata={"help": "Processes that annotate the dataset."})
+    cost_model: str | None = field(default=None, metadata={"help": "JSON of a measured CostModel."})
+    trace_dir: str | None = field(default=None, metadata={"help": "Record every step of every rank there."})
+    demo_cache: str = field(default=".cache/demo", metadata={"help": "Where the demo's assets are kept."})
+
+
+@dataclass(kw_only=True)
+class Ingredients:
+    """Everything that a run needs and that does not depend on how it is grouped."""
+
+    model: Any
+    processor: Any
+    collator: hf_dflop.VisionLanguageCollator
+    train: Dataset
+    evaluation: Dataset | None
+    profile: hf_dflop.DatasetProfile
+
+
+def prepare(recipe: RecipeArguments, training: TrainingArguments) -> Ingredients:
+    """Load the model, annotate the dataset (once, on the first process of each node), build the collator."""
+    model_path, dataset = recipe.model, recipe.dataset
+    if _DEMO in (recipe.model, recipe.dataset):
+        from recipes import demo
+
+        with training.main_process_first(desc="fetching the demo's model and documents"):
+            found = demo.prepare(Path(recipe.demo_cache))
+        model_path = str(found.model_path) if recipe.model == _DEMO else recipe.model
+        dataset = str(found.dataset_path) if recipe.dataset == _DEMO else recipe.dataset
+    with training.main_process_first(desc="loading the model"):
+        model = AutoModelForImageTextToText.from_pretrained(model_path, dtype=recipe.dtype)
+        processor = AutoProcessor.from_pretrained(model_path)
+    if recipe.freeze_vision:
+        for parameter in _vision_encoder(model).parameters():
+            parameter.requires_grad_(False)
+    rows = _load(dataset, recipe)
+    train = rows[recipe.train_split]
+    if recipe.max_samples is not None:
+        train = train.select(range(min(recipe.max_samples, len(train))))
+    with training.main_process_first(desc="annotating the dataset"):
+        annotated, profile = hf_dflop.profile_dataset(
+            train,
+            processor,
+            config=model.config,
+            labels=recipe.labels,
+            max_length=recipe.max_length,
+            num_proc=recipe.profile_workers,
+        )
+    collator = hf_dflop.VisionLanguageCollator(processor, labels=recipe.labels, max_length=recipe.max_length)
+    evaluation = rows[recipe.eval_split] if recipe.eval_split is not None else None
+    return Ingredients(
+        model=model,
+        processor=processor,
+        collator=collator,
+        train=annotated,
+        evaluation=evaluation,
+        profile=profile,
+    )
+
+
+def build_trainer(recipe: RecipeArguments, training: TrainingArguments, ingredients: Ingredients) -> Trainer:
+    """A stock `Trainer`; the callback is the only difference that hf_dflop makes."""
+    cost_model = CostModel.load(recipe.cost_model) if recipe.cost_model is not None else None
+    callback = hf_dflop.DflopCallback(
+        ingredients.train, balance=recipe.balance == "on", cost_model=cost_model, trace_dir=recipe.trace_dir
+    )
+    return Trainer(
+        model=ingredients.model,
+        args=training,
+        train_dataset=ingredients.train,
+        eval_dataset=ingredients.evaluation,
+        data_collator=ingredients.collator,
+        processing_class=ingredients.processor,
+        compute_metrics=token_metrics if ingredients.evaluation is not None else None,
+        preprocess_logits_for_metrics=shrink_logits,
+        callbacks=[callback],
+    )
+
+
+def shrink_logits(logits: Any, labels: Any) -> Any:
+    """Logits `(rows, length, vocab)` → the predicted id and the NLL of the label at each position but the last."""
+    import torch
+
+    logits = (logits[0] if isinstance(logits, tuple) else logits)[:, :-1].float()
+    targets = labels[:, 1:]
+    nll = torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, ignore_index=-100, reduction="none")
+    return logits.argmax(-1), nll
+
+
+def token_metrics(prediction: Any) -> dict[str, float]:
+    """Token accuracy and perplexity of an evaluation, with `evaluate`."""
+    ids, nll = prediction.predictions
+    references = prediction.label_ids[:, 1:].reshape(-1)
+    accuracy = metrics.load("token_accuracy").compute(predictions=ids.reshape(-1), references=references)
+    perplexity = metrics.load("token_perplexity").compute(predictions=nll.reshape(-1), references=references)
+    return {
+        "token_accuracy": accuracy["token_accuracy"],
+        "token_perplexity": perplexity["token_perplexity"],
+    }
+
+
+def _vision_encoder(model: Any) -> Any:
+    return model.get_encoder(modality="image")
+
+
+def _load(dataset: str, recipe: RecipeArguments) -> Any:
+    import datasets
+
+    path = Path(dataset)
+    if (path / "dataset_dict.json").exists():
+        return datasets.load_from_disk(dataset)
+    if (path / "state.json").exists():
+        return DatasetDict({recipe.train_split: datasets.load_from_disk(dataset)})
+    return datasets.load_dataset(dataset, recipe.dataset_name)
+
+
+def parse(arguments: list[str]) -> tuple[RecipeArguments, TrainingArguments]:
+    """Command line → arguments; the flags of `--config FILE.yaml` come first, so that others override them."""
+    arguments = list(arguments)
+    if "--config" in arguments:
+        at = arguments.index("--config")
+        with open(arguments[at + 1], encoding="utf-8") as file:
+            flags = yaml.safe_load(file)
+        del arguments[at : at + 2]
+        given = [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
+        arguments = given + arguments
+    if not any(argument.startswith("--output_dir") for argument in arguments):
+        arguments += ["--output_dir", "out/finetune"]
+    parser = HfArgumentParser((RecipeArguments, TrainingArguments), description=__doc__.split("\n\n")[0])
+    recipe, training = parser.parse_args_into_dataclasses(arguments)
+    # The collator needs the raw columns; Trainer would drop whatever the model's forward does not name.
+    training.remove_unused_columns = False
+    return recipe, training
+
+
+def main(arguments: list[str] | None = None) -> None:
+    recipe, training = parse(sys.argv[1:] if arguments is None else arguments)
+    logging.basicConfig(level=logging.INFO if training.process_index == 0 else logging.WARNING)
+    expected = int(os.environ.get("WORLD_SIZE", "1"))
+    if training.world_size != expected:
+        raise SystemExit(
+            f"{expected} processes were launched but the run has {training.world_size}. On CPU give --use_cpu and "
+            "launch with `accelerate launch --multi_gpu --num_processes N`."
+        )
+    ingredients = prepare(recipe, training)
+    if training.process_index == 0:
+        print(ingredients.profile.summary())
+    trainer = build_trainer(recipe, training, ingredients)
+    if ingredients.evaluation is not None:
+        trainer.log_metrics("before", trainer.evaluate(metric_key_prefix="before"))
+    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    if ingredients.evaluation is not None:
+        trainer.log_metrics("after", trainer.evaluate(metric_key_prefix="after"))
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        ingredients.processor.save_pretrained(training.output_dir)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,20 @@
+"""The callback in a stock Trainer, on one and two processes."""
+
+import pytest
+
+from tests.distributed.launch import launch
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_balanced_training_takes_the_same_steps(num_processes: int) -> None:
+    output = launch("tests.distributed.scripts.same_step", num_processes=num_processes)
+    assert output.count("relative difference") == 4 * num_processes
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_every_cut_of_an_epoch_keeps_the_samples_of_a_step(num_processes: int) -> None:
+    output = launch("tests.distributed.scripts.sampler_cases", num_processes=num_processes)
+    assert output.count("ok resume") == 5 * num_processes
+    assert output.count("ok grid") == 16 * num_processes
