@@ -2,12 +2,14 @@
 
 import logging
 import math
+import sys
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import has_length
 
 from hf_dflop._compat import calling_trainer, replace_batch_sampler
 from hf_dflop.cost import CostModel, ModelSpec
@@ -135,21 +137,24 @@ class DflopCallback(TrainerCallback):
             raise TrainerError("DflopCallback works in a transformers.Trainer; none is running this callback.")
         dataloader = kwargs["train_dataloader"]
         self._close()
+        is_sampled = has_length(dataloader) and args.train_sampling_strategy != "batch_rebalance"
+        if self._balance:
+            check_exactness(trainer, dataloader, trainer.accelerator.num_processes)
         self._trainer = trainer
         self._num_slots = args.gradient_accumulation_steps
-        self._length = len(dataloader)
+        # Without a length (streaming, measured only) every step has all its slots.
+        self._length = len(dataloader) if has_length(dataloader) else sys.maxsize
         self._steps_per_epoch = max(math.ceil(self._length / self._num_slots), 1)
         self._rank = trainer.accelerator.process_index
         self._epoch = state.global_step // self._steps_per_epoch - 1
         self._resume_step = 0 if args.ignore_data_skip else state.global_step % self._steps_per_epoch
-        if self._balance or args.train_sampling_strategy != "batch_rebalance":
+        if is_sampled:
             self.sampler = self._install(trainer, dataloader)
         self._timer = StepTimer(trainer.model, args.device)
         if self._trace_dir is not None:
             self._trace = TraceWriter(self._trace_dir, self._rank, resume=state.global_step > 0)
 
     def _install(self, trainer: Any, dataloader: Any) -> BalancedBatchSampler:
-        check_exactness(trainer, dataloader, trainer.accelerator.num_processes)
         sharding = StockSharding(dataloader.batch_sampler)
         if len(self.shapes) < sharding.num_ranks * self._num_slots:
             raise DatasetError(
