@@ -1,7 +1,7 @@
 """Metrics as local `evaluate` modules: nothing is fetched.
 
-    token_accuracy     share of label tokens whose most likely prediction is right
-    token_perplexity   exp of the mean negative log-likelihood of the label tokens
+token_accuracy     share of label tokens whose most likely prediction is right
+token_perplexity   exp of the mean negative log-likelihood of the label tokens
 """
 
 from pathlib import Path

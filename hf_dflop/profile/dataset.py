@@ -104,6 +104,7 @@ def profile_dataset(
         "layout_function": _function_hash(found),
         "image_column": found.image_column,
     }
+    record = json.loads(json.dumps(record))  # as it is read back from the dataset: tuples are lists
     if annotation_of(data) == record:
         shapes = Shapes.from_columns(data.with_format("numpy", columns=list(SHAPE_COLUMNS))[:])
         annotated = data

@@ -120,10 +120,10 @@ class Renderer:
             if turn["role"] != "assistant":
                 continue
             last = i == len(row.messages) - 1
-            end = len(text) if last else _common(self._render(row.messages[: i + 1]), text)
+            end = len(text) if last else self._common(self._render(row.messages[: i + 1]), text)
             if i:
                 asked = self._render(row.messages[:i], add_generation_prompt=True)
-                start = _common(asked, text)
+                start = self._common(asked, text)
                 if start < len(asked) and self._header and text.startswith(self._header, start):
                     start += len(self._header)  # the template ends a last turn in a way of its own
             else:
@@ -193,6 +193,19 @@ class Renderer:
             raise ProcessorError(f"the chat template of {type(self.processor).__name__} fails: {error}") from error
         return after[len(before) :] if after.startswith(before) else ""
 
+    def _common(self, one: str, text: str) -> int:
+        """Where `text` stops being like `one`; never inside a special token of `text`."""
+        if text.startswith(one):
+            return len(one)
+        end = next((i for i, (a, b) in enumerate(zip(one, text, strict=False)) if a != b), len(text))
+        starts = (
+            start
+            for token in self.processor.tokenizer.get_added_vocab()
+            for start in range(max(0, end - len(token) + 1), end)
+            if text.startswith(token, start)
+        )
+        return min(starts, default=end)
+
 
 def _find_template(processor: Any) -> tuple[Any, str | None]:
     for owner in (processor, processor.tokenizer):
@@ -202,10 +215,3 @@ def _find_template(processor: Any) -> tuple[Any, str | None]:
         if template is not None:
             return owner, template
     return None, None
-
-
-def _common(one: str, other: str) -> int:
-    """Length of the common beginning of two texts."""
-    if other.startswith(one):
-        return len(one)
-    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), len(other))

@@ -59,12 +59,15 @@ def test_templates_that_take_only_text() -> None:
     assert [rendered.text[a:b] for a, b in rendered.spans] == [" a cat\n</s>"]
 
 
-def test_a_template_that_only_ends_the_last_turn() -> None:
+@pytest.mark.parametrize("header", ["[%s]", "<|im_start|>%s\n"])
+def test_a_template_that_only_ends_the_last_turn(header: str) -> None:
+    # "<|im_start|>" begins like the "</s>" that the last turn ends with: no part of it may be learned.
     processor = tiny.qwen2_vl()
     processor.chat_template = (
-        "{% for m in messages %}{{ '[' + m['role'] + ']' }}{% for c in m['content'] %}{{ c['text'] }}{% endfor %}"
+        f"{{% for m in messages %}}{{{{ '{header}' % m['role'] }}}}"
+        "{% for c in m['content'] %}{{ c['text'] }}{% endfor %}"
         "{% if loop.last %}{{ eos_token }}{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '[assistant]' }}{% endif %}"
+        f"{{% if add_generation_prompt %}}{{{{ '{header}' % 'assistant' }}}}{{% endif %}}"
     )
     turns = turn("user", "a"), turn("assistant", "one"), turn("user", "b"), turn("assistant", "two")
     assert learned(processor, *turns) == ["one", "two</s>"]
@@ -72,7 +75,10 @@ def test_a_template_that_only_ends_the_last_turn() -> None:
 
 def test_a_template_that_rewrites_earlier_turns_is_refused() -> None:
     processor = tiny.qwen2_vl()
-    processor.chat_template = "{{ messages | length }}{% for m in messages %}{% for c in m['content'] %}{{ c['text'] }}{% endfor %}{% endfor %}"
+    processor.chat_template = (
+        "{{ messages | length }}{% for m in messages %}"
+        "{% for c in m['content'] %}{{ c['text'] }}{% endfor %}{% endfor %}"
+    )
     with pytest.raises(ProcessorError, match=r"does not render turn 1 as a continuation.*labels='all'"):
         learned(processor, turn("user", "a"), turn("assistant", "one"), turn("user", "b"), turn("assistant", "two"))
 
