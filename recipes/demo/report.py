@@ -107,10 +107,7 @@ def write_report(
 def compare_losses(runs: Runs) -> dict[str, float]:
     """How far the balanced run's losses and gradient norms are from the stock run's, at most."""
     stock, balanced = runs["stock"][0], runs["balanced"][0]
-    sets = [
-        [sorted(s for rank in run["ranks"] for slot in rank[step]["samples"] for s in slot) for step in range(run["num_steps"])]
-        for run in (stock, balanced)
-    ]  # fmt: skip
+    sets = [[_samples_of(run, step) for step in range(run["num_steps"])] for run in (stock, balanced)]
     return {
         "max_loss_difference": float(np.abs(np.subtract(stock["losses"], balanced["losses"])).max()),
         "max_relative_grad_norm_difference": float(
@@ -118,6 +115,10 @@ def compare_losses(runs: Runs) -> dict[str, float]:
         ),
         "same_samples_in_every_step": sets[0] == sets[1],
     }
+
+
+def _samples_of(run: dict[str, Any], step: int) -> list[int]:
+    return sorted(index for rank in run["ranks"] for slot in rank[step]["samples"] for index in slot)
 
 
 def _telling_steps(runs: Runs) -> list[int]:

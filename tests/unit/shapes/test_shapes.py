@@ -42,7 +42,7 @@ def test_bad_columns_are_named(changes: dict[str, object], message: str) -> None
 
 
 def test_a_dataset_without_annotation_is_refused() -> None:
-    with pytest.raises(DatasetError, match="dflop_num_images.*profile_dataset"):
+    with pytest.raises(DatasetError, match=r"dflop_num_images.*profile_dataset"):
         Shapes.of_dataset(Dataset.from_dict({"text": ["a"]}))
     with pytest.raises(DatasetError, match="got list"):
         Shapes.of_dataset([1, 2])
