@@ -52,7 +52,10 @@ class RecipeArguments:
         metadata={"help": "Which tokens are learned.", "choices": ["assistant", "all"]},
     )
     max_length: int | None = field(default=None, metadata={"help": "Cut a sample's text after so many tokens."})
-    freeze_vision: bool = field(default=False, metadata={"help": "Do not train the vision encoder."})
+    freeze: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Do not train these.", "choices": ["vision", "embeddings"], "nargs": "*"},
+    )
     dtype: str = field(default="auto", metadata={"help": "Load the weights as auto, float32, bfloat16, ..."})
     profile_workers: int | None = field(default=None, metadata={"help": "Processes that annotate the dataset."})
     cost_model: str | None = field(default=None, metadata={"help": "JSON of a measured CostModel."})
@@ -85,9 +88,11 @@ def prepare(recipe: RecipeArguments, training: TrainingArguments) -> Ingredients
     with training.main_process_first(desc="loading the model"):
         model = AutoModelForImageTextToText.from_pretrained(model_path, dtype=recipe.dtype)
         processor = AutoProcessor.from_pretrained(model_path)
-    if recipe.freeze_vision:
-        for parameter in _vision_encoder(model).parameters():
-            parameter.requires_grad_(False)
+    if "vision" in recipe.freeze:
+        _vision_encoder(model).requires_grad_(False)
+    if "embeddings" in recipe.freeze:
+        model.get_input_embeddings().requires_grad_(False)
+        model.get_output_embeddings().requires_grad_(False)
     rows = _load(dataset, recipe)
     train = rows[recipe.train_split]
     if recipe.max_samples is not None:

@@ -21,6 +21,7 @@ Assumptions: counts depend on the size of an image and on whether it is alone in
 Tiles that exist only to pad a batch are not counted, since the models drop them before the encoder.
 """
 
+import functools
 import re
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -205,8 +206,9 @@ class TokenCounter:
         )
 
     def _call_image_processor(self, height: int, width: int) -> Any:
-        return self.processor.image_processor.get_number_of_image_patches(height, width, self._image_kwargs())
+        return self.processor.image_processor.get_number_of_image_patches(height, width, dict(self._image_kwargs))
 
+    @functools.cached_property
     def _image_kwargs(self) -> dict[str, Any]:
         """The processor's own defaults for its image processor, which differ from the image processor's."""
         try:
@@ -215,7 +217,7 @@ class TokenCounter:
             return dict(getattr(self.processor, "images_kwargs", {}))
 
     def _setting(self, name: str) -> Any:
-        value = self._image_kwargs().get(name)
+        value = self._image_kwargs.get(name)
         return getattr(self.processor.image_processor, name, None) if value is None else value
 
     def _tile_pixels(self) -> tuple[int, int] | None:

@@ -47,13 +47,13 @@ FEATURES = Features(
 class DocumentLimits:
     """How a page is cut into samples, and which pages are held out."""
 
-    max_chars: int = 1200
-    """Longest text of the assistant turn of one sample, in characters (about 300 tokens)."""
-    max_images: int = 6
+    max_chars: int = 3200
+    """Longest text of the assistant turn of one sample, in characters (about 800 tokens)."""
+    max_images: int = 10
     """Most figures of one sample."""
     min_chars: int = 40
     """A sample without a figure needs at least this much text."""
-    join_chars: int = 120
+    join_chars: int = 40
     """A section without a figure and under this length is joined with the next one of its page."""
     eval_fraction: float = 0.1
     """Share of the *pages* that are held out."""

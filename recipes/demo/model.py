@@ -1,7 +1,7 @@
 """Builds the demo's checkpoint: a small vision-language model of stock transformers classes from real weights.
 
 Decides the architecture: `AyaVisionForConditionalGeneration` with the first layers of a DINOv2-shaped ViT-S/14 as
-vision encoder, the first layers and the first tokens of SmolLM2-135M-Instruct as LLM, and an untrained connector.
+vision encoder, the first layers of SmolLM2-135M-Instruct with its whole tokenizer as LLM, and an untrained connector.
 Of the model families that cut a picture into a varying number of tiles, this is one whose processor loads through
 plain `AutoProcessor` without torchvision (LLaVA-OneVision's does not: it insists on a video processor), and whose
 connector merges patches (3 x 3 here), so that a tile is 37 positions of the encoder and 5 tokens of the LLM: the
@@ -12,7 +12,7 @@ In: the files of `fetch`. Out: a folder that `AutoModelForImageTextToText.from_p
 
 Assumptions: with so few layers the model is no assistant; it is a real starting point whose loss falls. Image and
 chat markers that SmolLM2 does not know start from the mean of its embeddings. The LLM's final norm is scaled down:
-it was trained for the output of 30 layers, and after 3 would start with a loss of 19 where chance is 9.
+it was trained for the output of 30 layers, and after the first few would start with a loss far above chance.
 """
 
 import json

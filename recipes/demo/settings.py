@@ -21,7 +21,7 @@ class DemoSettings:
     cache: Path
     num_ranks: int = 2
     batch_size: int = 2
-    accumulation: int = 4
+    accumulation: int = 3
     num_steps: int = 6
     num_rounds: int = 3
     num_calibration: int = 16

@@ -167,5 +167,5 @@ def test_a_folder_without_pages_is_refused(tmp_path: Path) -> None:
 
 
 def test_limits_that_contradict_each_other_are_refused() -> None:
-    with pytest.raises(ValueError, match="max_chars=50"):
-        DocumentLimits(max_chars=50)
+    with pytest.raises(ValueError, match="max_chars=30"):
+        DocumentLimits(max_chars=30)
