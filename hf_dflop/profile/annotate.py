@@ -64,9 +64,7 @@ class Annotator:
         cell = kind.value_type if is_list else kind
         if name != self.layout.image_column or not pa.types.is_struct(cell) or cell.get_field_index("bytes") < 0:
             return column.to_pylist()
-        return [
-            None if not value.is_valid else [_cell(v) for v in value] if is_list else _cell(value) for value in column
-        ]
+        return [row for chunk in column.chunks for row in (_image_lists(chunk) if is_list else _image_cells(chunk))]
 
     def count(self, rows: Sequence[Row]) -> list[dict[str, int]]:
         """The counts of each row, by the field names of `Shapes`.
@@ -172,8 +170,37 @@ class Annotator:
         counts["label_tokens"] = int((labelled(offsets, spans, self.renderer.labels) & ~is_feature)[1:].sum())
 
 
-def _cell(value: "pa.StructScalar") -> dict[str, Any] | None:
-    """An image cell whose bytes are a buffer of the table, not a copy."""
-    if not value.is_valid:
-        return None
-    return {"bytes": value["bytes"].as_buffer(), "path": value["path"].as_py() if "path" in value else None}
+def _image_lists(lists: "pa.ListArray") -> list[list[Any] | None]:
+    """The image cells of each row of a column of lists."""
+    if not len(lists):
+        return []
+    first, *ends = lists.offsets.to_pylist()
+    cells = _image_cells(lists.values.slice(first, ends[-1] - first))
+    starts = [0, *(end - first for end in ends[:-1])]
+    return [
+        cells[start : end - first] if is_valid else None
+        for start, end, is_valid in zip(starts, ends, lists.is_valid().to_pylist(), strict=True)
+    ]
+
+
+def _image_cells(images: "pa.StructArray") -> list[dict[str, Any] | None]:
+    """Image cells whose bytes are slices of the table's own memory: a scalar of arrow would copy the whole file."""
+    import pyarrow as pa
+
+    fields = dict(zip((field.name for field in images.type), images.flatten(), strict=True))
+    paths = fields["path"].to_pylist() if "path" in fields else [None] * len(images)
+    encoded = fields["bytes"]
+    if not pa.types.is_binary(encoded.type) and not pa.types.is_large_binary(encoded.type):
+        contents: list[Any] = encoded.to_pylist()
+    else:
+        _, positions, data = encoded.buffers()
+        width = np.int64 if pa.types.is_large_binary(encoded.type) else np.int32
+        ends = np.frombuffer(positions, dtype=width)[encoded.offset : encoded.offset + len(encoded) + 1].tolist()
+        contents = [
+            data.slice(start, end - start) if is_valid else None
+            for start, end, is_valid in zip(ends[:-1], ends[1:], encoded.is_valid().to_pylist(), strict=True)
+        ]
+    return [
+        {"bytes": content, "path": path} if is_valid else None
+        for content, path, is_valid in zip(contents, paths, images.is_valid().to_pylist(), strict=True)
+    ]

@@ -13,7 +13,9 @@ from hf_dflop.shapes import Shapes
 __all__ = ["measure_annotation"]
 
 
-def measure_annotation(dataset: Any, processor: Any, config: Any, *, rows: int = 256, rounds: int = 3) -> dict[str, Any]:
+def measure_annotation(
+    dataset: Any, processor: Any, config: Any, *, rows: int = 256, rounds: int = 3
+) -> dict[str, Any]:
     """Time `profile_dataset` without its cache against the processor, alternating, and compare what they count.
 
     Returns:

@@ -129,7 +129,9 @@ def main() -> None:
     assert training.world_size == expected == settings.num_ranks, (training.world_size, expected)
     rank = training.process_index
     torch.set_num_threads(1)
-    recipe = finetune_vlm.RecipeArguments(eval_split="eval", freeze=["embeddings"], demo_cache=str(settings.cache), dtype="float32")
+    recipe = finetune_vlm.RecipeArguments(
+        eval_split="eval", freeze=["embeddings"], demo_cache=str(settings.cache), dtype="float32"
+    )
     ingredients = finetune_vlm.prepare(recipe, training)
     train = ingredients.train.select(range(settings.num_samples))
     ingredients.train = train.add_column("length", settings.lengths(train))

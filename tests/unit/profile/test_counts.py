@@ -167,3 +167,29 @@ def test_text_that_holds_the_image_token_is_refused() -> None:
 def test_paligemma_needs_an_image() -> None:
     with pytest.raises(DatasetError, match="needs one in every row"):
         annotator(tiny.paligemma).count([TEXT_ONLY])
+
+
+def test_image_bytes_are_read_in_place() -> None:
+    import pyarrow as pa
+
+    from hf_dflop.profile.annotate import _image_lists
+
+    cell_type = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    rows: list[list[dict[str, object] | None] | None] = [
+        [{"bytes": b"aaa", "path": None}, None],
+        None,
+        [],
+        [{"bytes": None, "path": "x"}, {"bytes": b"zz", "path": "y"}],
+        [{"bytes": b"", "path": None}],
+    ]
+    for kind in (pa.list_(cell_type), pa.large_list(cell_type)):
+        array = pa.array(rows, type=kind)
+        for start, length in ((0, 5), (1, 4), (2, 1), (3, 2), (5, 0), (0, 2)):
+            part = array.slice(start, length)
+            found = [
+                None
+                if row is None
+                else [c and {**c, "bytes": None if c["bytes"] is None else c["bytes"].to_pybytes()} for c in row]
+                for row in _image_lists(part)
+            ]
+            assert found == part.to_pylist(), (start, length)
