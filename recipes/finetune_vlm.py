@@ -28,6 +28,15 @@ from hf_dflop.cost import CostModel
 
 logger = logging.getLogger(__name__)
 _DEMO = "demo"
+NOT_LOGITS = [
+    "past_key_values",
+    "hidden_states",
+    "attentions",
+    "image_hidden_states",
+    "video_hidden_states",
+    "rope_deltas",
+]
+"""Outputs that an evaluation must not gather: a rank whose batch has no image has none of some, and all would hang."""
 
 
 @dataclass(kw_only=True)
@@ -205,12 +214,12 @@ def main(arguments: list[str] | None = None) -> None:
     ingredients = prepare(recipe, training)
     if training.process_index == 0:
         print(ingredients.profile.summary())
+    # Not `trainer.evaluate()` before training: it would leave the model without DDP.
+    training.eval_on_start = ingredients.evaluation is not None
     trainer = build_trainer(recipe, training, ingredients)
+    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint, ignore_keys_for_eval=NOT_LOGITS)
     if ingredients.evaluation is not None:
-        trainer.log_metrics("before", trainer.evaluate(metric_key_prefix="before"))
-    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
-    if ingredients.evaluation is not None:
-        trainer.log_metrics("after", trainer.evaluate(metric_key_prefix="after"))
+        trainer.log_metrics("after", trainer.evaluate(metric_key_prefix="after", ignore_keys=NOT_LOGITS))
     trainer.save_model()
     if trainer.is_world_process_zero():
         ingredients.processor.save_pretrained(training.output_dir)

@@ -17,6 +17,7 @@ from hf_dflop.data.sampler import BalancedBatchSampler, Caps, StepPlan, stock_ca
 from hf_dflop.errors import DatasetError, TrainerError
 from hf_dflop.integrations.checks import (
     check_exactness,
+    check_gradients_are_shared,
     check_images_and_collectives,
     check_processor,
     check_samples,
@@ -138,6 +139,7 @@ class DflopCallback(TrainerCallback):
         dataloader = kwargs["train_dataloader"]
         self._close()
         is_sampled = has_length(dataloader) and args.train_sampling_strategy != "batch_rebalance"
+        check_gradients_are_shared(trainer)
         if self._balance:
             check_exactness(trainer, dataloader, trainer.accelerator.num_processes)
         self._trainer = trainer

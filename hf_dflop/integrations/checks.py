@@ -15,7 +15,13 @@ from hf_dflop.errors import ShapeMismatchError, TrainerError
 from hf_dflop.integrations.describe import is_image_parameter_trained
 from hf_dflop.shapes import Shapes
 
-__all__ = ["check_exactness", "check_images_and_collectives", "check_processor", "check_samples"]
+__all__ = [
+    "check_exactness",
+    "check_gradients_are_shared",
+    "check_images_and_collectives",
+    "check_processor",
+    "check_samples",
+]
 
 
 def check_exactness(trainer: Any, dataloader: Any, num_ranks: int) -> None:
@@ -71,6 +77,27 @@ def check_exactness(trainer: Any, dataloader: Any, num_ranks: int) -> None:
             "its gradient depends on the grouping. Set `model.accepts_loss_kwargs = True` before building the "
             "Trainer (in the run that you compare with, too), or pass a compute_loss_func that divides by "
             "num_items_in_batch."
+        )
+
+
+def check_gradients_are_shared(trainer: Any) -> None:
+    """Raise when several ranks train, but nothing reduces their gradients.
+
+    `trainer.evaluate()` before `trainer.train()` marks the bare model as prepared (accelerate 1.15), and training then
+    runs without DDP: every rank trains a model of its own, silently.
+
+    Raises:
+        TrainerError: with the remedy.
+    """
+    if trainer.args.world_size == 1 or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        return
+    if getattr(trainer.accelerator, "parallelism_config", None) is not None:
+        return  # tensor-parallel and meshed models are wrapped in other ways
+    if not isinstance(trainer.model_wrapped, torch.nn.parallel.DistributedDataParallel):
+        raise TrainerError(
+            f"{trainer.args.world_size} processes train, but the model is a bare "
+            f"{type(trainer.model_wrapped).__name__} and not in DDP, so their gradients are never combined. Calling "
+            "trainer.evaluate() before trainer.train() does that: use TrainingArguments(eval_on_start=True) instead."
         )
 
 

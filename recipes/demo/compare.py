@@ -13,21 +13,26 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils import gather_object
-from transformers import TrainingArguments, set_seed
+from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from hf_dflop.cost import CostModel, ModelSpec, Observation, Trainable
 from hf_dflop.integrations.trace import read_trace
-from hf_dflop.shapes import Shapes
+from hf_dflop.shapes import SHAPE_COLUMNS, Shapes
 from recipes import finetune_vlm
 from recipes.demo.settings import ARMS, DemoSettings
 
 __all__ = ["main"]
 
 
-class CountingCollator:
-    """Counts what a padding collator computes and what of it is padding."""
+class CountingCollator(TrainerCallback):
+    """Counts what a padding collator computes in training, and what of it is padding.
+
+    Rows of the evaluation have no shape columns and are not counted; what is collated before training begins (the
+    check of a few samples) is forgotten when it does.
+    """
 
     def __init__(self, collator: Any) -> None:
         self.collator = collator
@@ -35,32 +40,37 @@ class CountingCollator:
         self.computed = 0
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        batch = self.collator(rows)
-        self.tokens += int(batch["attention_mask"].sum())
-        self.computed += int(batch["attention_mask"].numel())
+        batch: dict[str, Any] = self.collator(rows)
+        if SHAPE_COLUMNS[0] in rows[0]:
+            self.tokens += int(batch["attention_mask"].sum())
+            self.computed += int(batch["attention_mask"].numel())
         return batch
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.tokens = self.computed = 0
 
 
 def calibrate(ingredients: finetune_vlm.Ingredients, count: int, path: Path, rank: int) -> CostModel:
-    """Measure `count` real microbatches (every rank the same number at the same time), fit, save and return."""
+    """Measure `count` real microbatches (every rank the same ones at the same time), fit, save and return."""
     shapes = Shapes.of_dataset(ingredients.train)
     model = copy.deepcopy(ingredients.model).train()
-    order = torch.randperm(len(shapes), generator=torch.Generator().manual_seed(1)).tolist()
+    spec = ModelSpec.from_config(model.config)
+    draft = CostModel.analytic(spec, causal_factor=1.0)
+    # From the cheapest to the costliest sample, in a mixed order, one or two in a microbatch; one more to warm up.
+    by_cost = np.argsort(draft.sample_seconds(shapes).sum(axis=1))
+    spread = np.linspace(0, len(shapes) - 2, count + 1).astype(int)
+    spread = np.random.default_rng(1).permutation(spread)
     observations = []
-    begin = 0
-    for index in range(-1, count):  # one more to warm up
-        size = 1 + index % 3
-        picked = order[begin : begin + size]
-        begin += size
+    for turn, place in enumerate(spread):
+        picked = by_cost[place : place + 1 + turn % 2].tolist()
         batch = ingredients.collator([ingredients.train[i] for i in picked])
         start = time.perf_counter()
         model(**batch).loss.backward()
         seconds = time.perf_counter() - start
-        if index >= 0:
+        if turn > 0:
             observations.append(Observation(shapes=shapes.select(picked), padded=True, seconds=seconds))
         model.zero_grad()
     if rank == 0:
-        spec = ModelSpec.from_config(model.config)
         CostModel.fit(spec, observations, trainable=Trainable(), causal_factor=1.0).save(path)
     torch.distributed.barrier()
     return CostModel.load(path)
@@ -80,14 +90,15 @@ def run(
     collator = CountingCollator(ingredients.collator)
     own = copy.copy(ingredients)
     own.model = copy.deepcopy(ingredients.model)
-    own.collator = collator  # type: ignore[assignment]
-    trainer = finetune_vlm.build_trainer(recipe, training, own)
+    own.collator = collator
     evaluated = round_ == 0 and arm in ("stock", "balanced")
-    before = trainer.evaluate(metric_key_prefix="before") if evaluated else {}
-    collator.tokens = collator.computed = 0
-    trainer.train()
+    training.eval_on_start = evaluated
+    trainer = finetune_vlm.build_trainer(recipe, training, own)
+    trainer.add_callback(collator)
+    trainer.train(ignore_keys_for_eval=finetune_vlm.NOT_LOGITS)
     counts = gather_object([(collator.tokens, collator.computed)])
-    after = trainer.evaluate(metric_key_prefix="after") if evaluated else {}
+    before = _first_evaluation(trainer.state.log_history) if evaluated else {}
+    after = trainer.evaluate(metric_key_prefix="after", ignore_keys=finetune_vlm.NOT_LOGITS) if evaluated else {}
     peaks = gather_object([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024])
     ranks = read_trace(folder / "trace")
     seconds = max(steps[-1]["end_s"] for steps in ranks) - min(steps[0]["begin_s"] for steps in ranks)
@@ -112,6 +123,12 @@ def run(
     }
 
 
+def _first_evaluation(history: list[dict[str, Any]]) -> dict[str, Any]:
+    """The evaluation at step 0, its keys renamed from `eval_` to `before_`."""
+    first = next(log for log in history if "eval_loss" in log)
+    return {name.replace("eval_", "before_", 1): value for name, value in first.items()}
+
+
 def _mean_idle(history: list[dict[str, Any]]) -> float:
     """Idle share of the whole run: waiting seconds ÷ step seconds, over its steps."""
     logs = [log for log in history if "dflop/idle_fraction" in log]
@@ -133,8 +150,6 @@ def main() -> None:
         eval_split="eval", freeze=["embeddings"], demo_cache=str(settings.cache), dtype="float32"
     )
     ingredients = finetune_vlm.prepare(recipe, training)
-    train = ingredients.train.select(range(settings.num_samples))
-    ingredients.train = train.add_column("length", settings.lengths(train))
     assert ingredients.evaluation is not None
     ingredients.evaluation = ingredients.evaluation.select(
         range(min(settings.num_eval_samples, len(ingredients.evaluation)))
@@ -144,6 +159,8 @@ def main() -> None:
         if rank == 0:
             print(f"[demo] measuring {settings.num_calibration} microbatches to fit the cost model", flush=True)
         calibrate(ingredients, settings.num_calibration, path, rank)
+    train = ingredients.train.select(range(settings.num_samples))
+    ingredients.train = train.add_column("length", settings.lengths(train))
     for round_ in range(settings.num_rounds):
         for arm in ARMS[round_ % len(ARMS) :] + ARMS[: round_ % len(ARMS)]:
             result_path = output / "runs" / f"{arm}-{round_}.json"

@@ -20,6 +20,10 @@ class NotingTrainer(Trainer):
         self.noted.append((self.state.global_step, inputs.pop("sample_ids").tolist()))
         return super().training_step(model, inputs, *args, **kwargs)
 
+    def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        inputs.pop("sample_ids")
+        return super().prediction_step(model, inputs, True, *args[1:], **kwargs)
+
     def samples_of_steps(self) -> dict[int, list[int]]:
         """For every optimizer step, the sorted ids that all ranks together used."""
         from accelerate.utils import gather_object
@@ -45,6 +49,7 @@ def train(
     model: Any = None,
     resume: str | None = None,
     output_dir: str | None = None,
+    evaluate_first: bool = False,
     **arguments: Any,
 ) -> NotingTrainer:
     """One training run of a fresh tiny model; `arguments` go to `TrainingArguments`."""
@@ -68,9 +73,12 @@ def train(
             model=model if model is not None else tiny.model(dtype),
             args=TrainingArguments(output_dir=output_dir or scratch, **(defaults | arguments)),
             train_dataset=dataset,
+            eval_dataset=dataset,
             data_collator=tiny.Collate(dtype),
             callbacks=callbacks,
         )
+        if evaluate_first:
+            trainer.evaluate()
         trainer.train(resume_from_checkpoint=resume)
     return trainer
 

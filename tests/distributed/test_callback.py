@@ -11,6 +11,7 @@ pytestmark = pytest.mark.distributed
 def test_balanced_training_takes_the_same_steps(num_processes: int) -> None:
     output = launch("tests.distributed.scripts.same_step", num_processes=num_processes)
     assert output.count("relative difference") == 4 * num_processes
+    assert output.count("bare model refused") == (0 if num_processes == 1 else 2)
 
 
 @pytest.mark.parametrize("num_processes", [1, 2])

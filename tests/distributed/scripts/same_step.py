@@ -2,10 +2,12 @@
 
 import os
 
+import pytest
 import torch
 from accelerate import PartialState
 
 from hf_dflop import DflopCallback
+from hf_dflop.errors import TrainerError
 from tests.distributed import tiny
 from tests.distributed.harness import parameters, relative_difference, train
 
@@ -43,8 +45,21 @@ def compare(dtype: torch.dtype, optimizer: str, **arguments: object) -> tuple[fl
     return relative_difference(parameters(balanced), final), relative_difference(final, initial)
 
 
+def check_that_a_bare_model_is_refused() -> None:
+    """`evaluate()` before `train()` leaves the model without DDP: each rank would train its own."""
+    dataset, _ = tiny.rows(16)
+    if WORLD == 1:
+        train(dataset, [DflopCallback(dataset)], evaluate_first=True, max_steps=1)
+    else:
+        with pytest.raises(TrainerError, match="eval_on_start=True"):
+            train(dataset, [DflopCallback(dataset)], evaluate_first=True, max_steps=1)
+        print("bare model refused")
+    train(dataset, [DflopCallback(dataset)], eval_on_start=True, eval_strategy="steps", max_steps=1)
+
+
 if __name__ == "__main__":
     PartialState(cpu=True)
+    check_that_a_bare_model_is_refused()
     for dtype, optimizer, tolerance in (
         (torch.float32, "sgd", 1e-6),
         (torch.float32, "adamw", 1e-5),
