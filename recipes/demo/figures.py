@@ -23,8 +23,15 @@ def _style(figure: go.Figure, height: int) -> go.Figure:
         height=height,
         template="simple_white",
         font={"family": "system-ui, sans-serif", "size": 13, "color": INK},
-        margin={"l": 70, "r": 20, "t": 40, "b": 50},
-        legend={"orientation": "h", "y": 1.12, "x": 0},
+        margin={"l": 70, "r": 20, "t": 40, "b": 90},
+        legend={
+            "orientation": "h",
+            "yref": "container",
+            "y": 0.01,
+            "yanchor": "bottom",
+            "x": 0.5,
+            "xanchor": "center",
+        },
         hoverlabel={"font_size": 12},
     )
     figure.update_xaxes(gridcolor=GRID)
@@ -136,6 +143,7 @@ def idle_and_throughput(summaries: list[ArmSummary]) -> go.Figure:
             )  # fmt: skip
     figure.update_yaxes(tickformat=".0%", rangemode="tozero", row=1, col=1)
     figure.update_yaxes(rangemode="tozero", row=1, col=2)
+    figure.update_xaxes(tickangle=0, tickfont={"size": 11})
     figure.add_hline(y=1, line={"color": INK, "width": 1, "dash": "dot"}, row=1, col=2)
     return _style(figure, 360)
 
@@ -154,11 +162,11 @@ def loss_curves(runs: Runs) -> go.Figure:
     figure.add_scatter(
         x=steps, y=balanced, name=NAMES["balanced"], line={"color": COLORS["balanced"], "width": 2}, row=1, col=1
     )
-    difference = np.maximum(np.abs(np.subtract(balanced, stock)), 1e-9)
+    difference = np.abs(np.subtract(balanced, stock))
     figure.add_scatter(
         x=steps, y=difference, mode="markers+lines", line={"color": INK, "width": 1}, showlegend=False, row=1, col=2
     )
-    figure.update_yaxes(type="log", exponentformat="power", row=1, col=2)
+    figure.update_yaxes(tickformat=".0e", rangemode="tozero", row=1, col=2)
     figure.update_xaxes(title_text="optimizer step", dtick=1)
     return _style(figure, 340)
 

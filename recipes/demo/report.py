@@ -6,6 +6,7 @@ from typing import Any
 
 import jinja2
 import numpy as np
+from plotly.offline import get_plotlyjs
 from rich.console import Console
 from rich.table import Table
 
@@ -61,7 +62,7 @@ def write_report(
         "prediction": figures.prediction(runs),
     }
     html = {
-        name: figure.to_html(full_html=False, include_plotlyjs=name == "data", config={"displaylogo": False})
+        name: figure.to_html(full_html=False, include_plotlyjs=False, config={"displayModeBar": False})
         for name, figure in plots.items()
     }
     errors = []
@@ -70,6 +71,7 @@ def write_report(
         errors += (np.abs(predicted - measured) / measured).tolist()
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     page = environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
+        plotlyjs=get_plotlyjs(),
         plots=html,
         summaries=summaries,
         names=figures.NAMES,
