@@ -20,7 +20,7 @@ $(VENV)/.torch:
 	@echo "[setup] creating the virtual environment $(VENV) and installing $(TORCH)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet "$(TORCH)" 2>&1 | grep -v '^WARNING: Location' || true
-	@$(BIN)/python -c "import torch"
+	@$(BIN)/python -W ignore -c "import torch"
 	@touch $@
 
 $(VENV)/.ready: pyproject.toml $(VENV)/.torch
