@@ -4,7 +4,8 @@
     accelerate launch recipes/finetune_vlm.py --config recipes/configs/onevision_cauldron.yaml
 
     # two CPU processes: accelerate starts two only when it is told that it has several devices
-    accelerate launch --multi_gpu --num_processes 2 recipes/finetune_vlm.py --use_cpu --balance on --max_steps 10
+    accelerate launch --multi_gpu --num_processes 2 recipes/finetune_vlm.py --use_cpu --expect_processes 2 \\
+        --balance on --max_steps 10
 
 `--balance off` trains the same steps with the stock grouping, and still measures how long ranks wait. Every flag of
 `transformers.TrainingArguments` can be given; `--config FILE.yaml` holds flags that the command line overrides.
@@ -12,7 +13,6 @@ Without `--model` and `--dataset` the demo's own small model and documents are f
 """
 
 import logging
-import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,6 +69,9 @@ class RecipeArguments:
     profile_workers: int | None = field(default=None, metadata={"help": "Processes that annotate the dataset."})
     cost_model: str | None = field(default=None, metadata={"help": "JSON of a measured CostModel."})
     trace_dir: str | None = field(default=None, metadata={"help": "Record every step of every rank there."})
+    expect_processes: int | None = field(
+        default=None, metadata={"help": "Stop unless so many processes really started."}
+    )
     demo_cache: str = field(default=".cache/demo", metadata={"help": "Where the demo's assets are kept."})
 
 
@@ -88,6 +91,8 @@ def prepare(recipe: RecipeArguments, training: TrainingArguments) -> Ingredients
     """Load the model, annotate the dataset (once, on the first process of each node), build the collator."""
     model_path, dataset = recipe.model, recipe.dataset
     if _DEMO in (recipe.model, recipe.dataset):
+        # Launched as a script, this folder is on the path and not the one above it.
+        sys.path.append(str(Path(__file__).resolve().parents[1]))
         from recipes import demo
 
         with training.main_process_first(desc="fetching the demo's model and documents"):
@@ -191,7 +196,9 @@ def parse(arguments: list[str]) -> tuple[RecipeArguments, TrainingArguments]:
         with open(arguments[at + 1], encoding="utf-8") as file:
             flags = yaml.safe_load(file)
         del arguments[at : at + 2]
-        given = [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
+        given = []
+        for name, value in flags.items():
+            given += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
         arguments = given + arguments
     if not any(argument.startswith("--output_dir") for argument in arguments):
         arguments += ["--output_dir", "out/finetune"]
@@ -205,11 +212,10 @@ def parse(arguments: list[str]) -> tuple[RecipeArguments, TrainingArguments]:
 def main(arguments: list[str] | None = None) -> None:
     recipe, training = parse(sys.argv[1:] if arguments is None else arguments)
     logging.basicConfig(level=logging.INFO if training.process_index == 0 else logging.WARNING)
-    expected = int(os.environ.get("WORLD_SIZE", "1"))
-    if training.world_size != expected:
+    if recipe.expect_processes not in (None, training.world_size):
         raise SystemExit(
-            f"{expected} processes were launched but the run has {training.world_size}. On CPU give --use_cpu and "
-            "launch with `accelerate launch --multi_gpu --num_processes N`."
+            f"--expect_processes {recipe.expect_processes}, but {training.world_size} started. On CPU, launch with "
+            "`accelerate launch --multi_gpu --num_processes N`, and give the script --use_cpu."
         )
     ingredients = prepare(recipe, training)
     if training.process_index == 0:

@@ -158,11 +158,12 @@ class DflopCallback(TrainerCallback):
 
     def _install(self, trainer: Any, dataloader: Any) -> BalancedBatchSampler:
         sharding = StockSharding(dataloader.batch_sampler)
-        if len(self.shapes) < sharding.num_ranks * self._num_slots:
+        global_batch = sharding.num_ranks * self._num_slots * sharding.microbatch_size
+        if len(self.shapes) < global_batch:
             raise DatasetError(
-                f"the dataset has {len(self.shapes)} samples, but one step has {sharding.num_ranks} ranks × "
-                f"{self._num_slots} microbatches, and each needs a sample. Use more data, or a smaller "
-                "gradient_accumulation_steps."
+                f"the dataset has {len(self.shapes)} samples, fewer than one global batch of {global_batch} "
+                f"({sharding.num_ranks} ranks × {self._num_slots} microbatches × {sharding.microbatch_size} samples). "
+                "Use more data, a smaller per_device_train_batch_size, or fewer gradient_accumulation_steps."
             )
         check_images_and_collectives(trainer, self.shapes)
         if self._dataset is not None:

@@ -19,6 +19,7 @@ def test_every_cut_of_an_epoch_keeps_the_samples_of_a_step(num_processes: int) -
     output = launch("tests.distributed.scripts.sampler_cases", num_processes=num_processes)
     assert output.count("ok resume") == 5 * num_processes
     assert output.count("ok grid") == 16 * num_processes
+    assert output.count("ok refused hang") == (0 if num_processes == 1 else 2)
 
 
 def test_trl_sft_trainer_takes_the_same_steps() -> None:

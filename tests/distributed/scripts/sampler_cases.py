@@ -5,10 +5,12 @@ import os
 import tempfile
 from typing import Any
 
+import pytest
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from hf_dflop import DflopCallback
+from hf_dflop.errors import TrainerError
 from tests.distributed import tiny
 from tests.distributed.harness import train
 
@@ -43,8 +45,23 @@ def check_resume(stop: int, **arguments: Any) -> None:
     print(f"ok resume at {stop} {arguments}")
 
 
+def check_refused_hang() -> None:
+    """A rank without images would leave DDP waiting: refused on all ranks, unless DDP looks for unused parameters."""
+    mixed, _ = tiny.rows(32)
+    with pytest.raises(TrainerError, match="ddp_find_unused_parameters=True"):
+        train(mixed, [DflopCallback(mixed)], ddp_find_unused_parameters=False)
+    checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    with pytest.raises(TrainerError, match="ddp_find_unused_parameters=True"):
+        train(mixed, [DflopCallback(mixed)], **checkpointing)
+    remedy = train(mixed, [DflopCallback(mixed)], ddp_find_unused_parameters=True, **checkpointing)
+    assert remedy.state.global_step == 4
+    print("ok refused hang")
+
+
 if __name__ == "__main__":
     PartialState(cpu=True)
+    if WORLD > 1:
+        check_refused_hang()
     for count, size, slots, drop in itertools.product((32, 29), (1, 2), (1, 3), (False, True)):
         check("grid", count, per_device_train_batch_size=size, gradient_accumulation_steps=slots,
               dataloader_drop_last=drop)  # fmt: skip

@@ -1,6 +1,7 @@
 """What cannot be balanced exactly is refused, with the remedy, before the first sample is loaded."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -94,10 +95,25 @@ def test_wrong_image_tokens() -> None:
         train(dataset, [DflopCallback(wrong)])
 
 
-def test_fewer_samples_than_microbatches() -> None:
-    dataset, _ = tiny.rows(3)
-    with pytest.raises(DatasetError, match="3 samples, but one step has 1 ranks × 4 microbatches"):
+def test_a_dataset_smaller_than_one_global_batch() -> None:
+    dataset, _ = tiny.rows(7)
+    message = r"7 samples, fewer than one global batch of 8 \(1 ranks × 4 microbatches × 2 samples\)"
+    with pytest.raises(DatasetError, match=message):
         train(dataset, [DflopCallback(dataset)], gradient_accumulation_steps=4)
+
+
+def test_a_dataset_that_another_processor_annotated() -> None:
+    from hf_dflop import profile_dataset
+    from hf_dflop.integrations.checks import check_processor
+    from tests.distributed.chats import conversations
+    from tests.unit.rows import tiny as processors
+
+    own, other = processors.llava(), processors.llava_next()
+    annotated, _ = profile_dataset(conversations(8), own)
+    check_processor(SimpleNamespace(processing_class=own), annotated)
+    check_processor(SimpleNamespace(processing_class=None), annotated)
+    with pytest.raises(TrainerError, match=r"annotated with processor [0-9a-f]+, .*profile_dataset"):
+        check_processor(SimpleNamespace(processing_class=other), annotated)
 
 
 def test_a_model_without_a_vision_encoder() -> None:

@@ -1,0 +1,84 @@
+"""The recipe under `accelerate launch`, on two processes, from a local model and dataset to a stock checkpoint."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.launch import ROOT
+
+pytestmark = pytest.mark.distributed
+
+
+def _launch(arguments: list[str], *, num_processes: int) -> str:
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch", *(["--multi_gpu"] if num_processes > 1 else ["--cpu"]),
+        "--num_machines", "1", "--num_processes", str(num_processes), "--mixed_precision", "no",
+        "--dynamo_backend", "no", "--main_process_ip", "127.0.0.1", "--main_process_port", "0",
+        "recipes/finetune_vlm.py", *arguments,
+    ]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    finished = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200, check=False
+    )
+    assert finished.returncode == 0, (finished.stdout + finished.stderr)[-5000:]
+    return finished.stdout
+
+
+@pytest.fixture(scope="module")
+def ingredients(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    from tests.distributed.chats import chat_processor, conversations, model
+
+    folder = tmp_path_factory.mktemp("recipe")
+    processor = chat_processor()
+    model(processor).save_pretrained(folder / "model")
+    processor.save_pretrained(folder / "model")
+    conversations(24).train_test_split(test_size=4, seed=0).save_to_disk(str(folder / "data"))
+    return str(folder / "model"), str(folder / "data")
+
+
+def test_two_processes_train_evaluate_and_save(ingredients: tuple[str, str], tmp_path: Path) -> None:
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    model, data = ingredients
+    config = tmp_path / "config.yaml"
+    config.write_text(f"model: {model}\ndataset: {data}\nbalance: 'off'\nmax_steps: 9\nfreeze: [embeddings]\n")
+    output = _launch(
+        ["--config", str(config), "--balance", "on", "--eval_split", "test", "--use_cpu", "--max_steps", "3",
+         "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2", "--logging_steps", "1",
+         "--save_steps", "3", "--trace_dir", str(tmp_path / "trace"), "--output_dir", str(tmp_path / "out"),
+         "--report_to", "none", "--expect_processes", "2"],
+        num_processes=2,
+    )  # fmt: skip
+    assert "20 samples" in output
+    history = json.loads((tmp_path / "out/checkpoint-3/trainer_state.json").read_text())["log_history"]
+    assert [log["step"] for log in history if "dflop/idle_s_rank1" in log] == [1, 2, 3]
+    assert history[0]["step"] == 0
+    assert 0 <= history[0]["eval_token_accuracy"] <= 1
+    assert len(list((tmp_path / "trace").iterdir())) == 2
+    saved = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
+    original = AutoModelForImageTextToText.from_pretrained(model)
+    assert AutoProcessor.from_pretrained(tmp_path / "out").tokenizer.vocab_size
+    frozen, trained = (
+        (saved.get_input_embeddings().weight == original.get_input_embeddings().weight).all(),
+        (
+            saved.model.multi_modal_projector.linear_1.weight == original.model.multi_modal_projector.linear_1.weight
+        ).all(),
+    )
+    assert frozen
+    assert not trained
+
+
+def test_it_refuses_to_run_on_fewer_processes_than_expected(ingredients: tuple[str, str], tmp_path: Path) -> None:
+    model, data = ingredients
+    command = [sys.executable, "recipes/finetune_vlm.py", "--model", model, "--dataset", data, "--use_cpu"]
+    finished = subprocess.run(
+        [*command, "--expect_processes", "2", "--output_dir", str(tmp_path)], cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=100, check=False,
+    )  # fmt: skip
+    assert finished.returncode != 0
+    assert "--expect_processes 2, but 1 started" in finished.stderr
+    assert not list(tmp_path.iterdir())
