@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes.demo import DemoAssets, prepare
-from recipes.demo.settings import DemoSettings
+from recipes.demo.settings import ARMS, DemoSettings, write_whole
 
 ROOT = Path(__file__).parents[2]
 
@@ -84,14 +84,12 @@ def _annotation(settings: DemoSettings, assets: DemoAssets) -> dict[str, Any]:
             AutoProcessor.from_pretrained(assets.model_path),
             AutoConfig.from_pretrained(assets.model_path),
         )
-        path.write_text(json.dumps(facts), encoding="utf-8")
+        write_whole(path, json.dumps(facts))
     loaded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return loaded
 
 
 def _train(settings: DemoSettings) -> None:
-    from recipes.demo.settings import ARMS
-
     runs = settings.output_dir / "runs"
     if all((runs / f"{arm}-{round_}.json").exists() for arm in ARMS for round_ in range(settings.num_rounds)):
         return

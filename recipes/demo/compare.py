@@ -22,7 +22,7 @@ from hf_dflop.cost import CostModel, ModelSpec, Observation, Trainable
 from hf_dflop.integrations.trace import read_trace
 from hf_dflop.shapes import SHAPE_COLUMNS, Shapes
 from recipes import finetune_vlm
-from recipes.demo.settings import ARMS, DemoSettings
+from recipes.demo.settings import ARMS, DemoSettings, write_whole
 
 __all__ = ["main"]
 
@@ -71,7 +71,8 @@ def calibrate(ingredients: finetune_vlm.Ingredients, count: int, path: Path, ran
             observations.append(Observation(shapes=shapes.select(picked), padded=True, seconds=seconds))
         model.zero_grad()
     if rank == 0:
-        CostModel.fit(spec, observations, trainable=Trainable(), causal_factor=1.0).save(path)
+        fitted = CostModel.fit(spec, observations, trainable=Trainable(), causal_factor=1.0)
+        write_whole(path, fitted.to_json())
     torch.distributed.barrier()
     return CostModel.load(path)
 
@@ -174,9 +175,7 @@ def main() -> None:
             )
             result = run(arm, round_, settings, ingredients, training)
             if rank == 0:
-                draft = result_path.with_suffix(".part")
-                draft.write_text(json.dumps(result), encoding="utf-8")
-                draft.rename(result_path)
+                write_whole(result_path, json.dumps(result))
                 print(
                     f"[demo]   {result['samples_per_s']:.2f} samples/s, waiting {result['idle_fraction']:.1%}, "
                     f"padding {result['padding_share']:.0%}",

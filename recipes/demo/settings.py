@@ -7,10 +7,17 @@ from typing import Any
 
 from hf_dflop.shapes import Shapes
 
-__all__ = ["ARMS", "DemoSettings"]
+__all__ = ["ARMS", "DemoSettings", "write_whole"]
 
 ARMS: list[str] = ["stock", "balanced", "group_by_length", "batch_rebalance"]
 """Trainer's default sampler, the same with DflopCallback, and Trainer's two strategies that look at lengths."""
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is there whole or not at all, however the demo is interrupted."""
+    draft = path.with_suffix(".part")
+    draft.write_text(text, encoding="utf-8")
+    draft.rename(path)
 
 
 @dataclass(kw_only=True)
@@ -65,7 +72,7 @@ class DemoSettings:
 
     def save(self, path: Path) -> None:
         fields = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items()}
-        path.write_text(json.dumps(fields, indent=2), encoding="utf-8")
+        write_whole(path, json.dumps(fields, indent=2))
 
     @classmethod
     def load(cls, path: Path) -> "DemoSettings":
