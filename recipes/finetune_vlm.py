@@ -229,6 +229,8 @@ def main(arguments: list[str] | None = None) -> None:
     trainer.save_model()
     if trainer.is_world_process_zero():
         ingredients.processor.save_pretrained(training.output_dir)
+    # A process that ends while another still talks to it takes that one down.
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -70,3 +70,4 @@ if __name__ == "__main__":
         print(f"same_step {dtype} {optimizer}: relative difference {difference:.1e}, moved {moved:.1e}")
         assert moved > 1e-2, moved
         assert difference <= tolerance, (dtype, optimizer, difference)
+    PartialState().destroy_process_group()

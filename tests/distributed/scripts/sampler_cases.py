@@ -77,3 +77,4 @@ if __name__ == "__main__":
     for stop, workers in itertools.product((2, 7), (0, 2)):
         check_resume(stop, dataloader_num_workers=workers)
     check_resume(3, gradient_accumulation_steps=3)
+    PartialState().destroy_process_group()

@@ -56,3 +56,4 @@ if __name__ == "__main__":
     assert len([log for log in history if "dflop/idle_fraction" in log]) == 3
     metrics = [log for log in history if "loss" in log]
     assert all("mean_token_accuracy" in log for log in metrics), "the loss record lost TRL's own metrics"
+    PartialState().destroy_process_group()
