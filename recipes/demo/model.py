@@ -60,10 +60,10 @@ class DemoModelConfig:
 
     vision_layers: int = 8
     """Of the encoder's 12 layers."""
-    llm_layers: int = 3
+    llm_layers: int = 2
     """Of the LLM's 30 layers."""
-    vocab_size: int | None = 8192
-    """Tokens kept of the LLM's 49,152 (None: all). The LM head would otherwise be three quarters of the LLM's work."""
+    vocab_size: int | None = None
+    """Tokens kept of the LLM's 49,152 (None: all). Fewer make the LM head cheaper, most of so short an LLM's work."""
     tile_pixels: int = 84
     """Side of a square tile; a multiple of three times the patch size, 42."""
     max_tiles: int = 6
