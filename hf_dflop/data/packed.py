@@ -47,7 +47,9 @@ class PackedCollator:
     """
 
     def __init__(self, processor_or_collator: Any, model: Any, **settings: Any) -> None:
-        is_processor = hasattr(processor_or_collator, "tokenizer") and hasattr(processor_or_collator, "image_processor")
+        is_processor = hasattr(processor_or_collator, "tokenizer") and hasattr(
+            processor_or_collator, "image_processor"
+        )
         if settings and not is_processor:
             raise ValueError(f"{sorted(settings)} are for a processor; give them to your own collator instead")
         self.collator = (
@@ -92,7 +94,9 @@ class PackedCollator:
             packed["labels"] = packed["labels"].masked_fill(starts[kept][None], IGNORE)
         packed["position_ids"] = self._positions({**padded, "attention_mask": mask}, kept)
         packed["use_cache"] = False
-        own_mask = self.structure.attention_mask([{key: text[key][i][kept[i]] for key in text} for i in range(len(kept))])
+        own_mask = self.structure.attention_mask(
+            [{key: text[key][i][kept[i]] for key in text} for i in range(len(kept))]
+        )
         if own_mask is not None:
             packed["attention_mask"] = own_mask
         return packed

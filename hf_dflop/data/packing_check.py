@@ -65,7 +65,7 @@ def check_packing(model: Any, collator: PackedCollator, rows: Sequence[Mapping[s
     """
     if len(rows) < 2:
         raise ValueError(f"{len(rows)} rows were given; joining needs at least 2")
-    name = type(model).__name__
+    name = collator.structure.model_class.__name__
     padded = collator.collator(rows)
     alone = [collator.collator([row]) for row in rows]
     packed = collator.pack(padded)
@@ -74,27 +74,36 @@ def check_packing(model: Any, collator: PackedCollator, rows: Sequence[Mapping[s
         try:
             found = _logits(model, packed).split(lengths)
         except Exception as error:
-            raise ModelError(f"{name} fails on a packed microbatch: {type(error).__name__}: {error}. {_REMEDY}") from error
+            raise ModelError(
+                f"{name} fails on a packed microbatch: {type(error).__name__}: {error}. {_REMEDY}"
+            ) from error
         expected = [_logits(model, batch)[batch["attention_mask"][0].bool()] for batch in alone]
         tolerance = _tolerance(model, padded, expected)
         errors = [_difference(one, other) for one, other in zip(found, expected, strict=True)]
         probes = {"text": 0, "images": 0}
         leaks = []
         for sample, kind, changed in _changes(packed, alone, lengths):
-            moved = [not one.equal(other) for one, other in zip(_logits(model, changed).split(lengths), found, strict=True)]
-            leaks += [f"changing the {kind} of sample {sample} moves sample {k}" for k, m in enumerate(moved) if m and k != sample]
+            moved = [
+                not one.equal(other) for one, other in zip(_logits(model, changed).split(lengths), found, strict=True)
+            ]
+            leaks += [
+                f"changing the {kind} of sample {sample} moves sample {k}"
+                for k, m in enumerate(moved)
+                if m and k != sample
+            ]
             probes[kind] += moved[sample]
     worst = max(range(len(rows)), key=lambda k: errors[k])
     reasons = leaks[:1]
     if not errors[worst] <= tolerance:
         reasons.insert(
-            0, f"the logits of sample {worst} differ by {errors[worst]:.1e} of the largest logit (rounding explains {tolerance:.0e})"
+            0,
+            f"the logits of sample {worst} differ by {errors[worst]:.1e} of the largest logit (rounding explains {tolerance:.0e})",
         )
     if not probes["text"] + probes["images"]:
         reasons.append("no change of a sample moved its own logits, so a leak could not have been seen")
     if reasons:
         raise ModelError(
-            f"{name} with {_attention(model)} attention does not keep the samples of a packed row apart: "
+            f"{name} with {collator.structure.attention} attention does not keep the samples of a packed row apart: "
             f"{'; '.join(reasons)}. {_REMEDY}, or another attn_implementation"
         )
     return PackingCheck(
@@ -112,7 +121,11 @@ def _changes(
     """Copies of the packed microbatch in which the text, or the images, of one sample are changed."""
     import torch
 
-    pixels = {key: value for key, value in packed.items() if isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim > 1 and key != "attention_mask"}
+    pixels = {
+        key: value
+        for key, value in packed.items()
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim > 1 and key != "attention_mask"
+    }
     start = 0
     for sample, length in enumerate(lengths):
         learned = packed["labels"][0, start : start + length] != IGNORE
@@ -173,17 +186,16 @@ def _tolerance(model: Any, padded: Mapping[str, Any], expected: Sequence[Any]) -
     if fixed is not None:
         return fixed
     rows = _forward(model, padded)
-    noise = max(_difference(row[mask.bool()], alone) for row, mask, alone in zip(rows, padded["attention_mask"], expected, strict=True))
+    noise = max(
+        _difference(row[mask.bool()], alone)
+        for row, mask, alone in zip(rows, padded["attention_mask"], expected, strict=True)
+    )
     return max(_HALF_TOLERANCE_EPS * torch.finfo(dtype).eps, _HALF_TOLERANCE_NOISE * noise)
 
 
 def _difference(found: Any, expected: Any) -> float:
     found, expected = found.double(), expected.double()
     return float((found - expected).abs().max() / expected.abs().max())
-
-
-def _attention(model: Any) -> str:
-    return str(getattr(model.config.get_text_config(), "_attn_implementation", "unknown"))
 
 
 @contextmanager

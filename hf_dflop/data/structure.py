@@ -44,7 +44,9 @@ class ModelStructure:
         if isinstance(model, PreTrainedConfig):
             mapping = AutoModelForImageTextToText._model_mapping
             if type(model) not in mapping:
-                raise ModelError(f"{type(model).__name__} is not the config of an image-text-to-text model; give a model")
+                raise ModelError(
+                    f"{type(model).__name__} is not the config of an image-text-to-text model; give a model"
+                )
             return cls(mapping[type(model)], model)
         while not isinstance(model, PreTrainedModel):
             inner = model.get_base_model() if hasattr(model, "get_base_model") else getattr(model, "module", None)
@@ -52,6 +54,11 @@ class ModelStructure:
                 raise ModelError(f"{type(model).__name__} is neither a transformers model nor a config of one")
             model = inner
         return cls(type(model), model.config)
+
+    @property
+    def attention(self) -> str:
+        """The attention implementation of the LLM; unset in a config that no model was built from: SDPA."""
+        return self.config.get_text_config()._attn_implementation or "sdpa"
 
     def grid_positions(self, padded: Mapping[str, Any]) -> Any | None:
         """Positions `(k, rows, length)` by the model's own rule; `None` where positions just count tokens."""
@@ -80,8 +87,7 @@ class ModelStructure:
         import torch
 
         rule = getattr(self.model_class, "create_masks_for_generate", None)
-        text_config = self.config.get_text_config()
-        if rule is None or text_config._attn_implementation not in (*_DENSE, None):
+        if rule is None or self.attention not in _DENSE:
             return None
         dtype = getattr(self.config, "dtype", None) or torch.float32
         masks = []

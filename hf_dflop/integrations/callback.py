@@ -19,6 +19,7 @@ from hf_dflop.integrations.checks import (
     check_exactness,
     check_gradients_are_shared,
     check_images_and_collectives,
+    check_packed_samples,
     check_processor,
     check_samples,
 )
@@ -87,6 +88,7 @@ class DflopCallback(TrainerCallback):
     Raises:
         DatasetError: the dataset is not annotated (at construction).
         TrainerError: a setting under which balancing would not be exact (when training begins).
+        ModelError: a [`PackedCollator`] joins samples that the model does not keep apart (when training begins).
         ShapeMismatchError: the shapes do not describe what the collator gives (when training begins).
 
     Example:
@@ -171,6 +173,7 @@ class DflopCallback(TrainerCallback):
         config = trainer.accelerator.unwrap_model(trainer.model).config
         spec = ModelSpec.from_config(config)
         padded = check_samples(dataloader, self.shapes, spec.image_token_id, self._verify, self._seed)
+        check_packed_samples(trainer, dataloader.dataset, self.shapes)
         caps = stock_caps(self.shapes, sharding.microbatch_size)
         sampler = BalancedBatchSampler(
             sharding.epoch_groups,

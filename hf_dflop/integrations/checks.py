@@ -4,6 +4,7 @@ Called once, when training begins and before the first sample is loaded. Nothing
 passes or raises, with the value found, the rule, and what to change.
 """
 
+import logging
 import random
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 
 from hf_dflop._compat import uses_stateful_dataloader
+from hf_dflop.data import PackedCollator, check_packing
 from hf_dflop.errors import ShapeMismatchError, TrainerError
 from hf_dflop.integrations.describe import is_image_parameter_trained
 from hf_dflop.shapes import Shapes
@@ -19,9 +21,12 @@ __all__ = [
     "check_exactness",
     "check_gradients_are_shared",
     "check_images_and_collectives",
+    "check_packed_samples",
     "check_processor",
     "check_samples",
 ]
+
+logger = logging.getLogger(__name__)
 
 
 def check_exactness(trainer: Any, dataloader: Any, num_ranks: int) -> None:
@@ -181,9 +186,45 @@ def check_samples(dataloader: Any, shapes: Shapes, image_token_id: int | None, c
     return bool(pair["input_ids"].shape[0] == min(2, len(picked)))
 
 
+def check_packed_samples(trainer: Any, dataset: Any, shapes: Shapes) -> None:
+    """Run [`check_packing`] on the shortest samples when a [`PackedCollator`] joins them.
+
+    Every rank runs the same forward passes, so that a sharded model may take part.
+
+    Raises:
+        ModelError: the model does not keep joined samples apart.
+    """
+    collator = trainer.data_collator
+    while not isinstance(collator, PackedCollator):
+        collator = getattr(collator, "collator", None)  # one that counts or logs, around the one that packs
+        if collator is None:
+            return
+    if len(shapes) < 2:
+        return
+    order = np.argsort(shapes.llm_tokens, kind="stable")
+    has_image = shapes.num_images[order] > 0
+    picked = [*order[has_image][:2], *order[~has_image][:1]]
+    if len(picked) < 2:
+        picked = list(order[:2])
+    is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    model = trainer.model_wrapped if is_sharded else trainer.accelerator.unwrap_model(trainer.model)
+    with _kept_random_state():
+        found = check_packing(model, collator, [dataset[int(index)] for index in picked])
+    logger.info(
+        "hf_dflop: packed logits equal unpacked ones to %.1e of the largest (rounding explains %.0e); no sample of %d "
+        "moved another",
+        found.error,
+        found.tolerance,
+        found.num_samples,
+    )
+
+
 def _compare(batch: Any, shapes: Shapes, index: int, image_token_id: int | None) -> None:
     ids = batch["input_ids"]
-    length = int(batch["attention_mask"].sum()) if "attention_mask" in batch else int(ids.numel())
+    mask = batch.get("attention_mask")
+    # A packed row has no padding, and its mask, if any, says who attends to whom.
+    is_padding_mask = isinstance(mask, torch.Tensor) and mask.shape == ids.shape
+    length = int(mask.sum()) if is_padding_mask else int(ids.numel())
     expected = int(shapes.llm_tokens[index])
     if length != expected:
         raise ShapeMismatchError(

@@ -9,8 +9,6 @@ from tests.unit.data.test_models_take_it import TEXT, VISION, build, row, siglip
 from tests.unit.rows import tiny
 
 MROPE = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
-ONLY_IMAGES = ("paligemma",)
-"""Families whose every row needs exactly one image."""
 
 
 def config_of(name: str, processor: Any) -> Any:
@@ -59,9 +57,11 @@ def config_of(name: str, processor: Any) -> Any:
     if name == "aya_vision":
         sizes = {key: value for key, value in VISION.items() if key != "intermediate_size"}
         return tf.AyaVisionConfig(
-            vision_config=tf.Dinov2Config(**sizes, mlp_ratio=2, image_size=56, patch_size=14, apply_layernorm=True),
+            vision_config=tf.Dinov2Config(**sizes, mlp_ratio=2, image_size=56, patch_size=14),
             text_config=tf.LlamaConfig(**TEXT),
             image_token_id=token("<|IMG_PATCH|>"),
+            vision_feature_select_strategy="default",  # drops the class token
+            vision_feature_layer=-1,
         )
     if name == "gemma3":
         config = build(processor)
@@ -84,8 +84,16 @@ def model_of(name: str, processor: Any, dtype: torch.dtype = torch.float32, atte
 def rows_of(name: str) -> list[dict[str, Any]]:
     if name == "paligemma":
         texts = [("what is it", "the sea"), ("and", "a photo of a cat"), ("why is it so", "so")]
-        return [{"question": q, "answer": a, "image": row("", (60, 40 + 10 * i))["images"][0]} for i, (q, a) in enumerate(texts)]
-    return [row("what?", (150, 40)), row("no picture here"), row("both?", (30, 90), (60, 60)), row("and this", (60, 60))]
+        return [
+            {"question": q, "answer": a, "image": row("", (60, 40 + 10 * i))["images"][0]}
+            for i, (q, a) in enumerate(texts)
+        ]
+    return [
+        row("what?", (150, 40)),
+        row("no picture here"),
+        row("both?", (30, 90), (60, 60)),
+        row("and this", (60, 60)),
+    ]
 
 
 FAMILIES = {

@@ -1,0 +1,183 @@
+"""One row without padding: every sample has the logits and the gradients that it has alone, and sees no other."""
+
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from hf_dflop import PackedCollator, VisionLanguageCollator, check_packing
+from hf_dflop.errors import DatasetError, ModelError
+from tests.unit.data.families import FAMILIES, config_of, model_of, rows_of
+
+
+def gradients(model: Any, batch: dict[str, Any]) -> dict[str, torch.Tensor | None]:
+    model.zero_grad()
+    model(**batch).loss.backward()
+    return {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_packed_equals_unpacked(name: str, attention: str) -> None:
+    processor = FAMILIES[name]()
+    model = model_of(name, processor, attention=attention)
+    collate = PackedCollator(processor, model)
+    rows = rows_of(name)
+    found = check_packing(model, collate, rows)
+    assert found.error <= 1e-5
+    assert found.num_text_probes == len(rows)
+    assert found.num_image_probes == sum(bool(row.get("images", True)) for row in rows)
+
+    padded, packed = collate.collator(rows), collate(rows)
+    assert packed["input_ids"].shape == (1, int(padded["attention_mask"].sum()))
+    counts = [int((batch["labels"][..., 1:] != -100).sum()) for batch in (padded, packed)]
+    assert counts[0] == counts[1] == int((packed["labels"] != -100).sum()) > 0
+    expected, joined = gradients(model, padded), gradients(model, packed)
+    # Key biases of encoders have a gradient of zero in exact arithmetic: below this, all is rounding.
+    floor = 1e-6 * max(float(g.norm()) for g in expected.values() if g is not None)
+    for key, gradient in expected.items():
+        assert (gradient is None) == (joined[key] is None), key
+        if gradient is not None:
+            assert float((joined[key] - gradient).norm()) <= 1e-4 * float(gradient.norm()) + floor, key
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "gemma3"])
+def test_text_only_and_lone_samples(name: str) -> None:
+    processor = FAMILIES[name]()
+    model = model_of(name, processor)
+    collate = PackedCollator(processor, model)
+    texts = [row for row in rows_of(name) if not row["images"]] * 2
+    assert not [key for key in collate(texts) if "pixel" in key]
+    assert check_packing(model, collate, texts).num_image_probes == 0
+    for row in rows_of(name)[:2]:
+        alone, packed = collate.collator([row]), collate([row])
+        with torch.no_grad():
+            torch.testing.assert_close(model(**packed).logits, model(**alone).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_what_a_row_holds() -> None:
+    def pad(rows: Any) -> dict[str, torch.Tensor]:
+        return {
+            "input_ids": torch.tensor([[5, 6, 7], [0, 8, 9]]),
+            "attention_mask": torch.tensor([[1, 1, 1], [0, 1, 1]]),  # padding on either side
+            "labels": torch.tensor([[5, 6, -100], [-100, 8, 9]]),
+            "sample_ids": torch.tensor([3, 4]),
+            "pixel_values": torch.ones(2, 3),
+        }
+
+    packed = PackedCollator(pad, config_of("llava", FAMILIES["llava"]()))([])
+    assert packed["input_ids"].tolist() == [[5, 6, 7, 8, 9]]
+    assert packed["position_ids"].tolist() == [[0, 1, 2, 0, 1]]
+    assert packed["labels"].tolist() == [[-100, 6, -100, -100, 9]]
+    assert packed["sample_ids"].tolist() == [3, 4]
+    assert packed["pixel_values"].shape == (2, 3)
+    assert packed["use_cache"] is False
+    assert "attention_mask" not in packed
+
+
+def test_positions_of_several_dimensions_are_the_models_own() -> None:
+    processor = FAMILIES["qwen2_5_vl"]()
+    model = model_of("qwen2_5_vl", processor)
+    rows = rows_of("qwen2_5_vl")[:2]
+    collate = PackedCollator(processor, model.config)
+    positions = collate(rows)["position_ids"]
+    start = 0
+    for row in rows:
+        batch = collate.collator([row])
+        names = ("input_ids", "mm_token_type_ids", "image_grid_thw")
+        alone = model.model.get_rope_index(**{name: batch[name] for name in names if name in batch})[0]
+        length = alone.shape[-1]
+        assert torch.equal(positions[1:, :, start : start + length], alone)
+        assert torch.equal(positions[0, 0, start : start + length], torch.arange(length))
+        start += length
+    assert positions.shape == (4, 1, start)
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl", "gemma3"])
+def test_it_travels_to_loader_workers(name: str) -> None:
+    processor = FAMILIES[name]()
+    model = model_of(name, processor)
+    collate = PackedCollator(VisionLanguageCollator(processor), model)
+    rows = rows_of(name)
+    expected = collate(rows)
+    collate.collator = None  # processors loaded by path do not pickle
+    copied = pickle.loads(pickle.dumps(collate))  # noqa: S301
+    assert copied.structure.model_class is type(model)
+    copied.collator = VisionLanguageCollator(processor)
+    assert torch.equal(copied(rows)["position_ids"], expected["position_ids"])
+
+
+class Broken(PackedCollator):
+    """Packs without one of the things that keep samples apart."""
+
+    lost = ""
+
+    def pack(self, padded: Any) -> dict[str, Any]:
+        packed = super().pack(padded)
+        if self.lost == "pixel order":
+            return {key: value.flip(0) if key == "pixel_values" else value for key, value in packed.items()}
+        assert self.lost in packed
+        return {key: value for key, value in packed.items() if key != self.lost}
+
+
+@pytest.mark.parametrize(
+    ("name", "lost", "reason"),
+    [
+        ("llava", "position_ids", "text of sample 0 moves sample 1"),
+        ("llava", "use_cache", "text of sample 0 moves sample 1"),  # a cache turns the detection off
+        ("llava", "pixel order", r"logits of sample \d differ by"),
+        ("qwen3_vl", "position_ids", "text of sample 0 moves sample 1"),
+        ("gemma3", "attention_mask", r"logits of sample \d differ by"),  # images and windows by absolute place
+        ("paligemma", "attention_mask", "images of sample 0 moves sample 1"),  # one prefix for all
+    ],
+)
+def test_the_check_sees_what_is_missing(name: str, lost: str, reason: str) -> None:
+    processor = FAMILIES[name]()
+    model = model_of(name, processor)
+    collate = Broken(processor, model)
+    collate.lost = lost
+    with pytest.raises(ModelError, match=reason + ".*padding collator"):
+        check_packing(model, collate, rows_of(name))
+    assert model.training
+
+
+def test_attention_that_ignores_positions_is_refused() -> None:
+    AttentionInterface.register("ignorant", sdpa_attention_forward)  # no mask function: it never gets a mask
+    processor = FAMILIES["llava"]()
+    model = model_of("llava", processor)
+    model.model.language_model.set_attn_implementation("ignorant")
+    with pytest.raises(ModelError, match="with ignorant attention does not keep the samples"):
+        check_packing(model, PackedCollator(processor, model), rows_of("llava"))
+
+
+def test_a_model_that_does_not_take_the_positions_is_refused() -> None:
+    processor = FAMILIES["llava"]()
+    model = model_of("llava", processor)
+    collate = PackedCollator(processor, config_of("qwen2_5_vl", FAMILIES["qwen2_5_vl"]()))
+    with pytest.raises(ModelError, match="fails on a packed microbatch: .*padding collator"):
+        check_packing(model, collate, rows_of("llava"))
+
+
+def test_half_precision_is_measured_by_what_padding_changes() -> None:
+    processor = FAMILIES["llava"]()
+    model = model_of("llava", processor, dtype=torch.bfloat16)
+    found = check_packing(model, PackedCollator(processor, model), rows_of("llava"))
+    assert 1e-5 < found.error <= found.tolerance < 0.3
+
+
+def test_what_it_does_not_take() -> None:
+    processor = FAMILIES["llava"]()
+    config = config_of("llava", processor)
+    with pytest.raises(ValueError, match="max_length"):
+        PackedCollator(VisionLanguageCollator(processor), config, max_length=3)
+    with pytest.raises(ModelError, match="neither a transformers model nor"):
+        PackedCollator(processor, torch.nn.Linear(1, 1))
+    with pytest.raises(ModelError, match="LlamaConfig is not the config of an image-text-to-text"):
+        PackedCollator(processor, config.text_config)
+    with pytest.raises(DatasetError, match="no attention_mask"):
+        PackedCollator(lambda rows: {"input_ids": torch.ones(1, 3)}, config)([])
+    with pytest.raises(ValueError, match="at least 2"):
+        check_packing(None, PackedCollator(processor, config), [{}])
