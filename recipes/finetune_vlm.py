@@ -7,9 +7,11 @@
     accelerate launch --multi_gpu --num_processes 2 recipes/finetune_vlm.py --use_cpu --expect_processes 2 \\
         --balance on --max_steps 10
 
-`--balance off` trains the same steps with the stock grouping, and still measures how long ranks wait. Every flag of
-`transformers.TrainingArguments` can be given; `--config FILE.yaml` holds flags that the command line overrides.
-Without `--model` and `--dataset` the demo's own small model and documents are fetched and used.
+Samples of a microbatch are joined into one row without padding, after a check on the model itself that none sees
+another; `--packing off` pads them instead. `--balance off` trains the same steps with the stock grouping, and still
+measures how long ranks wait. Every flag of `transformers.TrainingArguments` can be given; `--config FILE.yaml` holds
+flags that the command line overrides. Without `--model` and `--dataset` the demo's own small model and documents are
+fetched and used.
 """
 
 import logging
@@ -53,6 +55,14 @@ class RecipeArguments:
         default="on",
         metadata={
             "help": "on: balance microbatches. off: keep the stock grouping, and only measure.",
+            "choices": ["on", "off"],
+        },
+    )
+    packing: str = field(
+        default="on",
+        metadata={
+            "help": "on: join the samples of a microbatch into one row; refused where the model does not keep them "
+            "apart. off: pad them to the longest.",
             "choices": ["on", "off"],
         },
     )
@@ -132,18 +142,39 @@ def prepare(recipe: RecipeArguments, training: TrainingArguments) -> Ingredients
     )
 
 
+class PaddedEvaluationTrainer(Trainer):
+    """A `Trainer` that joins samples in training only.
+
+    An evaluation gathers predictions row by row, and drops the rows that fill the last batch: rows must be samples.
+    """
+
+    data_collator: Any
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        joining = self.data_collator
+        if isinstance(joining, hf_dflop.PackedCollator):
+            self.data_collator = joining.collator
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = joining
+
+
 def build_trainer(recipe: RecipeArguments, training: TrainingArguments, ingredients: Ingredients) -> Trainer:
-    """A stock `Trainer`; the callback is the only difference that hf_dflop makes."""
+    """A `Trainer` as it comes, but for the callback and, with packing, the collator of the training."""
     cost_model = CostModel.load(recipe.cost_model) if recipe.cost_model is not None else None
     callback = hf_dflop.DflopCallback(
         ingredients.train, balance=recipe.balance == "on", cost_model=cost_model, trace_dir=recipe.trace_dir
     )
-    return Trainer(
+    collator: Any = ingredients.collator
+    if recipe.packing == "on":
+        collator = hf_dflop.PackedCollator(collator, ingredients.model)
+    return PaddedEvaluationTrainer(
         model=ingredients.model,
         args=training,
         train_dataset=ingredients.train,
         eval_dataset=ingredients.evaluation,
-        data_collator=ingredients.collator,
+        data_collator=collator,
         processing_class=ingredients.processor,
         compute_metrics=token_metrics if ingredients.evaluation is not None else None,
         preprocess_logits_for_metrics=shrink_logits,

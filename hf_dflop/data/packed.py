@@ -81,8 +81,8 @@ class PackedCollator:
         mask = padded.get("attention_mask")
         if not isinstance(mask, torch.Tensor) or mask.shape != padded["input_ids"].shape or mask.ndim != 2:
             raise DatasetError(
-                "the padding collator gives no attention_mask of the shape of input_ids, so tokens cannot be told from "
-                "padding; return the tokenizer's attention_mask from it"
+                "the padding collator gives no attention_mask of the shape of input_ids, so tokens cannot be told "
+                "from padding; return the tokenizer's attention_mask from it"
             )
         kept = mask.bool()
         text = {key: value for key, value in padded.items() if _is_text(value, mask) and key != "attention_mask"}

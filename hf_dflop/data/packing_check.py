@@ -97,7 +97,8 @@ def check_packing(model: Any, collator: PackedCollator, rows: Sequence[Mapping[s
     if not errors[worst] <= tolerance:
         reasons.insert(
             0,
-            f"the logits of sample {worst} differ by {errors[worst]:.1e} of the largest logit (rounding explains {tolerance:.0e})",
+            f"the logits of sample {worst} differ by {errors[worst]:.1e} of the largest logit (rounding explains "
+            f"{tolerance:.0e})",
         )
     if not probes["text"] + probes["images"]:
         reasons.append("no change of a sample moved its own logits, so a leak could not have been seen")
@@ -153,8 +154,8 @@ def _changes(
     for key, value in pixels.items():
         if before[key] != value.shape[0]:
             raise ModelError(
-                f"{key} has {value.shape[0]} entries for the microbatch but {before[key]} for its samples one by one, so "
-                f"those of a sample cannot be found. {_REMEDY}"
+                f"{key} has {value.shape[0]} entries for the microbatch but {before[key]} for its samples one by one, "
+                f"so those of a sample cannot be found. {_REMEDY}"
             )
 
 

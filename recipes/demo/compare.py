@@ -84,6 +84,7 @@ def run(
     folder = Path(training.output_dir)
     recipe = finetune_vlm.RecipeArguments(
         balance="on" if arm == "balanced" else "off",
+        packing="off",
         cost_model=str(settings.output_dir / "cost_model.json"),
         trace_dir=str(folder / "trace"),
     )

@@ -47,6 +47,7 @@ def train(
     *,
     dtype: torch.dtype = torch.float32,
     model: Any = None,
+    collator: Any = None,
     resume: str | None = None,
     output_dir: str | None = None,
     evaluate_first: bool = False,
@@ -74,7 +75,7 @@ def train(
             args=TrainingArguments(output_dir=output_dir or scratch, **(defaults | arguments)),
             train_dataset=dataset,
             eval_dataset=dataset,
-            data_collator=tiny.Collate(dtype),
+            data_collator=collator if collator is not None else tiny.Collate(dtype),
             callbacks=callbacks,
         )
         if evaluate_first:

@@ -75,7 +75,7 @@ def model_of(name: str, processor: Any, dtype: torch.dtype = torch.float32, atte
     config = config_of(name, processor)
     model = tf.AutoModelForImageTextToText.from_config(config, attn_implementation=attention).to(dtype)
     with torch.no_grad():  # a random tiny model hardly looks around itself: make attention sharp
-        for key, value in model.named_parameters():
+        for value in model.parameters():
             if value.ndim > 1:
                 value.normal_(std=0.3)
     return model.train()

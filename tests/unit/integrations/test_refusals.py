@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from hf_dflop import DflopCallback
+from hf_dflop import DflopCallback, PackedCollator
 from hf_dflop.errors import DatasetError, ModelError, ShapeMismatchError, TrainerError
 from hf_dflop.shapes import Shapes
 from tests.distributed import tiny
@@ -176,3 +176,40 @@ def test_measuring_only_keeps_the_stock_grouping() -> None:
     stock = train(dataset, [], max_steps=8)
     measured = train(dataset, [DflopCallback(dataset, balance=False)], max_steps=8)
     assert stock.noted == measured.noted
+
+
+def test_packing_on_a_model_that_lets_samples_see_each_other(caplog: pytest.LogCaptureFixture) -> None:
+    dataset, shapes = tiny.rows(16)
+
+    class Leaking(PackedCollator):
+        def pack(self, padded: Any) -> dict[str, Any]:
+            return {key: value for key, value in super().pack(padded).items() if key != "position_ids"}
+
+    for kind, wrapped in ((PackedCollator, False), (Leaking, False), (Leaking, True)):
+        model = tiny.model()
+        collator: Any = kind(tiny.Collate(), model)
+        if wrapped:
+            collator = Around(collator)
+        callback = DflopCallback(dataset)
+        if kind is Leaking:
+            with pytest.raises(ModelError, match=r"moves sample \d.*Use a padding collator"):
+                train(dataset, [callback], model=model, collator=collator)
+            continue
+        with caplog.at_level("INFO", logger="hf_dflop"):
+            train(dataset, [callback], model=model, collator=collator, max_steps=1)
+        assert "no sample of 3 moved another" in caplog.text
+        assert callback.sampler is not None
+        pair = callback.sampler.microbatch_s([0, 1])  # the sum, whatever the lengths
+        one, other, none = (callback.sampler.microbatch_s(group) for group in ([0], [1], []))
+        assert pair == pytest.approx(one + other - none)
+        assert shapes.llm_tokens[0] != shapes.llm_tokens[1]
+
+
+class Around:
+    """A collator around the one that packs, as one that counts would be."""
+
+    def __init__(self, collator: Any) -> None:
+        self.collator = collator
+
+    def __call__(self, rows: Any) -> Any:
+        return self.collator(rows)
