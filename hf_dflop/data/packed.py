@@ -29,6 +29,9 @@ class PackedCollator:
     The label of the first token of every sample is ignored, so that no sample predicts the first token of the next,
     and `Trainer`'s count of label tokens stays the one of the padded microbatch.
 
+    For training only: an evaluation of `Trainer` gathers predictions row by row, and takes rows for samples when it
+    drops those that fill the last batch. Evaluate with the padding collator, kept in the attribute `collator`.
+
     Args:
         processor_or_collator (`ProcessorMixin` or `Callable`):
             The model's processor, or a collator that pads and returns an `attention_mask` (a

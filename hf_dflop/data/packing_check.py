@@ -82,7 +82,7 @@ def check_packing(model: Any, collator: PackedCollator, rows: Sequence[Mapping[s
         errors = [_difference(one, other) for one, other in zip(found, expected, strict=True)]
         probes = {"text": 0, "images": 0}
         leaks = []
-        for sample, kind, changed in _changes(packed, alone, lengths):
+        for sample, kind, changed in _changes(packed, alone, lengths, collator.structure.image_marks):
             moved = [
                 not one.equal(other) for one, other in zip(_logits(model, changed).split(lengths), found, strict=True)
             ]
@@ -117,7 +117,7 @@ def check_packing(model: Any, collator: PackedCollator, rows: Sequence[Mapping[s
 
 
 def _changes(
-    packed: dict[str, Any], alone: Sequence[dict[str, Any]], lengths: Sequence[int]
+    packed: dict[str, Any], alone: Sequence[dict[str, Any]], lengths: Sequence[int], marks: Sequence[int]
 ) -> Iterator[tuple[int, str, dict[str, Any]]]:
     """Copies of the packed microbatch in which the text, or the images, of one sample are changed."""
     import torch
@@ -127,18 +127,23 @@ def _changes(
         for key, value in packed.items()
         if isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim > 1 and key != "attention_mask"
     }
+    row = packed["input_ids"][0]
+    is_text = ~torch.isin(row, torch.tensor(marks, dtype=row.dtype))
+    if "labels" in packed:
+        is_text &= packed["labels"][0] != IGNORE  # what is learned is text, and not a marker of the template
+    known = row[is_text].unique()
     start = 0
     for sample, length in enumerate(lengths):
-        learned = packed["labels"][0, start : start + length] != IGNORE
-        if learned.any():
-            # Learned tokens are text; their ids in another order, or one id more, are text too.
-            ids = packed["input_ids"].clone()
-            span = ids[0, start : start + length]
-            old = span[learned]
-            new = old.roll(1)
-            span[learned] = torch.where(new == old, (old - 1).clamp(min=0), new)
-            yield sample, "text", {**packed, "input_ids": ids}
+        where = is_text.clone()
+        where[:start] = where[start + length :] = False
         start += length
+        if len(known) < 2 or not where.any():
+            continue
+        # Another of the text ids that the microbatch has: never one that stands for an image.
+        old = row[where]
+        ids = row.clone()
+        ids[where] = known[(torch.searchsorted(known, old) + 1) % len(known)]
+        yield sample, "text", {**packed, "input_ids": ids[None]}
     before = dict.fromkeys(pixels, 0)
     for sample, batch in enumerate(alone):
         changed = {}

@@ -20,6 +20,7 @@ from hf_dflop.errors import ModelError
 
 __all__ = ["ModelStructure"]
 
+_RESERVED = ("_token_id", "_token_index")
 _DENSE = ("sdpa", "eager")
 """Attention that takes a mask with one entry per pair of tokens."""
 
@@ -59,6 +60,12 @@ class ModelStructure:
     def attention(self) -> str:
         """The attention implementation of the LLM; unset in a config that no model was built from: SDPA."""
         return self.config.get_text_config()._attn_implementation or "sdpa"
+
+    @property
+    def image_marks(self) -> list[int]:
+        """Token ids that the model's config reserves (image, video, begin of image, ...)."""
+        reserved = {name: value for name, value in vars(self.config).items() if name.endswith(_RESERVED)}
+        return sorted({value for value in reserved.values() if isinstance(value, int)})
 
     def grid_positions(self, padded: Mapping[str, Any]) -> Any | None:
         """Positions `(k, rows, length)` by the model's own rule; `None` where positions just count tokens."""

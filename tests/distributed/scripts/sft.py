@@ -8,6 +8,7 @@ import numpy as np
 from accelerate import PartialState
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
+from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 import hf_dflop
 from tests.distributed.chats import chat_processor, conversations, model
@@ -16,11 +17,13 @@ from tests.distributed.harness import relative_difference
 WORLD = int(os.environ["EXPECTED_WORLD_SIZE"])
 
 
-def train(dataset: Dataset, callbacks: list[Any]) -> tuple[Any, list[dict[str, Any]]]:
+def train(dataset: Dataset, callbacks: list[Any], *, packed: bool = False) -> tuple[Any, list[dict[str, Any]]]:
     processor = chat_processor()
+    fresh = model(processor)
+    padding = DataCollatorForVisionLanguageModeling(processor)
     with tempfile.TemporaryDirectory() as folder:
         trainer = SFTTrainer(
-            model=model(processor),
+            model=fresh,
             args=SFTConfig(
                 output_dir=folder, per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=6,
                 learning_rate=0.05, optim="sgd", lr_scheduler_type="constant", max_length=None, report_to=[],
@@ -29,6 +32,7 @@ def train(dataset: Dataset, callbacks: list[Any]) -> tuple[Any, list[dict[str, A
             ),
             train_dataset=dataset,
             processing_class=processor,
+            data_collator=hf_dflop.PackedCollator(padding, fresh) if packed else padding,
             callbacks=callbacks,
         )  # fmt: skip
         trainer.train()
@@ -41,18 +45,20 @@ if __name__ == "__main__":
     callback = hf_dflop.DflopCallback(annotated)
     stock, stock_history = train(annotated, [])
     balanced, history = train(annotated, [callback])
+    packed, packed_history = train(annotated, [hf_dflop.DflopCallback(annotated)], packed=True)
     assert balanced.accelerator.num_processes == WORLD
     assert callback.sampler is not None
     assert callback.sampler.objective == "slot"
     parameters = [
         {name: value.detach().double() for name, value in t.accelerator.unwrap_model(t.model).named_parameters()}
-        for t in (stock, balanced)
+        for t in (stock, balanced, packed)
     ]
-    difference = relative_difference(parameters[1], parameters[0])
-    print(f"sft relative difference {difference:.1e}")
-    assert difference <= 1e-6, difference
-    losses = [[log["loss"] for log in h if "loss" in log] for h in (stock_history, history)]
-    assert np.allclose(*losses, rtol=1e-4), losses
+    for found in parameters[1:]:
+        difference = relative_difference(found, parameters[0])
+        print(f"sft relative difference {difference:.1e}")
+        assert difference <= 1e-6, difference
+    losses = [[log["loss"] for log in h if "loss" in log] for h in (stock_history, history, packed_history)]
+    assert np.allclose(losses[1:], losses[0], rtol=1e-4), losses
     assert len([log for log in history if "dflop/idle_fraction" in log]) == 3
     metrics = [log for log in history if "loss" in log]
     assert all("mean_token_accuracy" in log for log in metrics), "the loss record lost TRL's own metrics"

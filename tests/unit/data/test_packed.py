@@ -5,12 +5,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AttentionInterface
+from peft import LoraConfig, get_peft_model
+from transformers import AttentionInterface, AutoModelForImageTextToText, Lfm2Config, Qwen3_5Config
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from hf_dflop import PackedCollator, VisionLanguageCollator, check_packing
 from hf_dflop.errors import DatasetError, ModelError
 from tests.unit.data.families import FAMILIES, config_of, model_of, rows_of
+from tests.unit.data.test_models_take_it import TEXT
 
 
 def gradients(model: Any, batch: dict[str, Any]) -> dict[str, torch.Tensor | None]:
@@ -151,6 +153,39 @@ def test_attention_that_ignores_positions_is_refused() -> None:
     model.model.language_model.set_attn_implementation("ignorant")
     with pytest.raises(ModelError, match="with ignorant attention does not keep the samples"):
         check_packing(model, PackedCollator(processor, model), rows_of("llava"))
+
+
+@pytest.mark.parametrize("name", ["lfm2", "qwen3_5"])
+def test_layers_that_run_along_the_row_are_refused(name: str) -> None:
+    """Short convolutions and linear attention carry a state from token to token, whatever the mask."""
+    if name == "lfm2":
+        processor = FAMILIES["llava"]()
+        config = config_of("llava", processor)
+        config.text_config = Lfm2Config(**TEXT, layer_types=["conv", "full_attention"])
+    else:
+        processor = FAMILIES["qwen3_vl"]()
+        stock = config_of("qwen3_vl", processor)
+        linear = {f"linear_num_{kind}_heads": 2 for kind in ("value", "key")}
+        linear |= {f"linear_{kind}_head_dim": 8 for kind in ("value", "key")}
+        config = Qwen3_5Config(
+            vision_config=stock.vision_config.to_dict() | {"model_type": "qwen3_5_vision"},
+            text_config={**TEXT, **linear, "head_dim": 16, "layer_types": ["linear_attention", "full_attention"]},
+            image_token_id=stock.image_token_id,
+        )
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(config)
+    with pytest.raises(ModelError, match=r"does not keep the samples of a packed row apart.*moves sample"):
+        check_packing(model, PackedCollator(processor, model), rows_of(name))
+
+
+def test_a_wrapped_model_is_looked_into() -> None:
+    processor = FAMILIES["llava"]()
+    model = model_of("llava", processor)
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+    wrapped = torch.nn.Module()
+    wrapped.module = adapted
+    assert PackedCollator(processor, wrapped).structure.model_class is type(model)
+    check_packing(adapted, PackedCollator(processor, adapted), rows_of("llava"))
 
 
 def test_a_model_that_does_not_take_the_positions_is_refused() -> None:
