@@ -74,8 +74,10 @@ def check_packing(model: Any, collator: PackedCollator, rows: Sequence[Mapping[s
         try:
             found = _logits(model, packed).split(lengths)
         except Exception as error:
+            what = (str(error).strip() or "no message").splitlines()[0]
             raise ModelError(
-                f"{name} fails on a packed microbatch: {type(error).__name__}: {error}. {_REMEDY}"
+                f"{name} with {collator.structure.attention} attention fails on a packed microbatch: "
+                f"{type(error).__name__}: {what}. {_REMEDY}, or another attn_implementation"
             ) from error
         expected = [_logits(model, batch)[batch["attention_mask"][0].bool()] for batch in alone]
         tolerance = _tolerance(model, padded, expected)

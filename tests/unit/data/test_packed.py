@@ -192,7 +192,7 @@ def test_a_model_that_does_not_take_the_positions_is_refused() -> None:
     processor = FAMILIES["llava"]()
     model = model_of("llava", processor)
     collate = PackedCollator(processor, config_of("qwen2_5_vl", FAMILIES["qwen2_5_vl"]()))
-    with pytest.raises(ModelError, match=r"fails on a packed microbatch: .*padding collator"):
+    with pytest.raises(ModelError, match=r"attention fails on a packed microbatch: .*padding collator"):
         check_packing(model, collate, rows_of("llava"))
 
 
