@@ -22,7 +22,7 @@ from hf_dflop.cost import CostModel, ModelSpec, Observation, Trainable
 from hf_dflop.integrations.trace import read_trace
 from hf_dflop.shapes import SHAPE_COLUMNS, Shapes
 from recipes import finetune_vlm
-from recipes.demo.settings import ARMS, DemoSettings, write_whole
+from recipes.demo.settings import ARMS, OWN_ARMS, DemoSettings, write_whole
 
 __all__ = ["main"]
 
@@ -83,8 +83,8 @@ def run(
     """One training run from the initial weights; returns what the report needs."""
     folder = Path(training.output_dir)
     recipe = finetune_vlm.RecipeArguments(
-        balance="on" if arm == "balanced" else "off",
-        packing="off",
+        balance="on" if arm in OWN_ARMS else "off",
+        packing="on" if arm == "packed" else "off",
         cost_model=str(settings.output_dir / "cost_model.json"),
         trace_dir=str(folder / "trace"),
     )
@@ -114,7 +114,7 @@ def run(
         "seconds": seconds,
         "samples_per_s": len(ingredients.train) / seconds,
         "tokens_per_s": sum(tokens for tokens, _ in counts) / seconds,
-        "padding_share": 1 - sum(tokens for tokens, _ in counts) / sum(computed for _, computed in counts),
+        "padding_share": 0.0 if arm == "packed" else 1 - sum(t for t, _ in counts) / sum(c for _, c in counts),
         "idle_fraction": _mean_idle(history),
         "losses": [log["loss"] for log in history if "loss" in log],
         "grad_norms": [log["grad_norm"] for log in history if "grad_norm" in log],

@@ -13,9 +13,15 @@ from recipes.demo.results import ArmSummary, Runs
 __all__ = ["cost_of_data", "idle_and_throughput", "loss_curves", "prediction", "timeline"]
 
 INK, GRID = "#1f2933", "#e4e7eb"
-COLORS = {"stock": "#829ab1", "balanced": "#0b7a75", "group_by_length": "#d9a441", "batch_rebalance": "#7b5ea7"}
+COLORS = {
+    "stock": "#829ab1",
+    "balanced": "#0b7a75",
+    "packed": "#063f3c",
+    "group_by_length": "#d9a441",
+    "batch_rebalance": "#7b5ea7",
+}
 BUSY, BUSY_OTHER, IDLE, SYNC, DATA = "#0b7a75", "#5fb3ae", "#e4572e", "#9aa5b1", "#d9e2ec"
-NAMES = {"stock": "stock Trainer", "balanced": "hf_dflop"}
+NAMES = {"stock": "stock Trainer", "balanced": "hf_dflop", "packed": "hf_dflop, packed"}
 
 
 def _style(figure: go.Figure, height: int) -> go.Figure:
@@ -67,10 +73,10 @@ def cost_of_data(shapes: Shapes, cost: CostModel) -> go.Figure:
 
 
 def timeline(runs: Runs, steps: list[int], shapes: Shapes) -> go.Figure:
-    """What each rank did in `steps`, under the stock grouping and balanced; the steps hold the same samples."""
-    arms = ["stock", "balanced"]
+    """What each rank did in `steps`: stock, balanced, and packed as well; the steps hold the same samples."""
+    arms = ["stock", "balanced", "packed"]
     figure = make_subplots(
-        rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.16, subplot_titles=[NAMES[arm] for arm in arms]
+        rows=3, cols=1, shared_xaxes=True, vertical_spacing=0.11, subplot_titles=[NAMES[arm] for arm in arms]
     )
     seen: set[str] = set()
     for row, arm in enumerate(arms, start=1):
@@ -97,8 +103,8 @@ def timeline(runs: Runs, steps: list[int], shapes: Shapes) -> go.Figure:
                 row=row, col=1,
             )  # fmt: skip
     figure.update_layout(barmode="overlay")
-    figure.update_xaxes(title_text="seconds since the first of these steps began", row=2, col=1)
-    return _style(figure, 430)
+    figure.update_xaxes(title_text="seconds since the first of these steps began", row=3, col=1)
+    return _style(figure, 560)
 
 
 def _segments(record: dict[str, Any], sync_s: float, shapes: Shapes) -> list[tuple[str, str, float, float, str]]:
@@ -112,7 +118,7 @@ def _segments(record: dict[str, Any], sync_s: float, shapes: Shapes) -> list[tup
         picked = shapes.select(samples)
         text = (
             f"microbatch {slot + 1}: samples {samples}<br>{int(picked.image_tiles.sum())} tiles, "
-            f"{len(samples)} rows × {int(picked.llm_tokens.max(initial=0))} tokens"
+            f"{picked.llm_tokens.tolist()} tokens"
         )
         segments.append(("compute", color, begin, end, text))
         begin = end
@@ -149,33 +155,32 @@ def idle_and_throughput(summaries: list[ArmSummary]) -> go.Figure:
 
 
 def loss_curves(runs: Runs) -> go.Figure:
-    """Training loss of the stock and the balanced run, drawn over each other, and their difference."""
+    """Training loss of the stock, balanced and packed runs, drawn over each other, and how far they differ."""
     figure = make_subplots(
         rows=1, cols=2, horizontal_spacing=0.14,
-        subplot_titles=["training loss", "|loss balanced − loss stock|"],
+        subplot_titles=["training loss", "difference from the stock loss"],
     )  # fmt: skip
-    stock, balanced = (runs[arm][0]["losses"] for arm in ("stock", "balanced"))
+    stock = runs["stock"][0]["losses"]
     steps = list(range(1, len(stock) + 1))
     figure.add_scatter(
         x=steps, y=stock, name=NAMES["stock"], line={"color": COLORS["stock"], "width": 7}, opacity=0.6, row=1, col=1
     )
-    figure.add_scatter(
-        x=steps, y=balanced, name=NAMES["balanced"], line={"color": COLORS["balanced"], "width": 2}, row=1, col=1
-    )
-    difference = np.abs(np.subtract(balanced, stock))
-    figure.add_scatter(
-        x=steps, y=difference, mode="markers+lines", line={"color": INK, "width": 1}, showlegend=False, row=1, col=2
-    )
+    for arm, dash in (("balanced", "solid"), ("packed", "dot")):
+        losses = runs[arm][0]["losses"]
+        line = {"color": COLORS[arm], "width": 2, "dash": dash}
+        figure.add_scatter(x=steps, y=losses, name=NAMES[arm], line=line, row=1, col=1)
+        difference = np.abs(np.subtract(losses, stock))
+        figure.add_scatter(x=steps, y=difference, line=line, showlegend=False, row=1, col=2)
     figure.update_yaxes(tickformat=".0e", rangemode="tozero", row=1, col=2)
     figure.update_xaxes(title_text="optimizer step", dtick=1)
     return _style(figure, 340)
 
 
 def prediction(runs: Runs) -> go.Figure:
-    """Predicted and measured seconds of every microbatch of the stock and balanced runs."""
+    """Predicted and measured seconds of every microbatch of the runs that were planned."""
     figure = go.Figure()
     largest = 0.0
-    for arm in ("stock", "balanced"):
+    for arm in ("stock", "balanced", "packed"):
         predicted, measured = microbatch_seconds(runs[arm])
         largest = max(largest, *predicted, *measured)
         figure.add_scatter(

@@ -14,6 +14,7 @@ from hf_dflop.cost import CostModel
 from hf_dflop.shapes import Shapes
 from recipes.demo import figures
 from recipes.demo.results import ArmSummary, Runs, load_runs, spread, summarize
+from recipes.demo.settings import OWN_ARMS
 
 __all__ = ["print_table", "write_report"]
 
@@ -35,7 +36,7 @@ def print_table(summaries: list[ArmSummary], console: Console | None = None) -> 
             waiting,
             f"{summary.padding_share:.0%}",
             f"{summary.peak_memory_gib:.1f}",
-            style="bold" if summary.arm == "balanced" else None,
+            style="bold" if summary.arm in OWN_ARMS else None,
         )
     (console or Console()).print(table)
 
@@ -66,7 +67,7 @@ def write_report(
         for name, figure in plots.items()
     }
     errors = []
-    for arm in ("stock", "balanced"):
+    for arm in ("stock", "balanced", "packed"):
         predicted, measured = (np.asarray(s) for s in figures.microbatch_seconds(runs[arm]))
         errors += (np.abs(predicted - measured) / measured).tolist()
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
@@ -107,15 +108,16 @@ def write_report(
 
 
 def compare_losses(runs: Runs) -> dict[str, float]:
-    """How far the balanced run's losses and gradient norms are from the stock run's, at most."""
-    stock, balanced = runs["stock"][0], runs["balanced"][0]
-    sets = [[_samples_of(run, step) for step in range(run["num_steps"])] for run in (stock, balanced)]
+    """How far the losses and gradient norms of our runs are from the stock run's, at most."""
+    stock, *own = (runs[arm][0] for arm in ("stock", *OWN_ARMS))
+    sets = [[_samples_of(run, step) for step in range(run["num_steps"])] for run in (stock, *own)]
+    norms = np.asarray(stock["grad_norms"])
     return {
-        "max_loss_difference": float(np.abs(np.subtract(stock["losses"], balanced["losses"])).max()),
-        "max_relative_grad_norm_difference": float(
-            np.abs(np.subtract(balanced["grad_norms"], stock["grad_norms"]) / np.asarray(stock["grad_norms"])).max()
+        "max_loss_difference": max(float(np.abs(np.subtract(stock["losses"], run["losses"])).max()) for run in own),
+        "max_relative_grad_norm_difference": max(
+            float(np.abs(np.subtract(run["grad_norms"], norms) / norms).max()) for run in own
         ),
-        "same_samples_in_every_step": sets[0] == sets[1],
+        "same_samples_in_every_step": all(found == sets[0] for found in sets),
     }
 
 

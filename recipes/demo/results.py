@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from recipes.demo.settings import ARMS
+from recipes.demo.settings import ARMS, OWN_ARMS
 
 __all__ = ["ArmSummary", "load_runs", "summarize"]
 
@@ -79,7 +79,7 @@ def summarize(runs: Runs) -> list[ArmSummary]:
 
 
 def _predicted_idle(run: dict[str, Any]) -> float | None:
-    key = "dflop/predicted_idle" if run["arm"] == "balanced" else "dflop/predicted_idle_stock"
+    key = "dflop/predicted_idle" if run["arm"] in OWN_ARMS else "dflop/predicted_idle_stock"
     logs = [log for log in run["logs"] if key in log]
     if not logs:
         return None

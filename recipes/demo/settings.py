@@ -7,10 +7,11 @@ from typing import Any
 
 from hf_dflop.shapes import Shapes
 
-__all__ = ["ARMS", "DemoSettings", "write_whole"]
+__all__ = ["ARMS", "OWN_ARMS", "DemoSettings", "write_whole"]
 
-ARMS: list[str] = ["stock", "balanced", "group_by_length", "batch_rebalance"]
-"""Trainer's default sampler, the same with DflopCallback, and Trainer's two strategies that look at lengths."""
+ARMS: list[str] = ["stock", "balanced", "packed", "group_by_length", "batch_rebalance"]
+"""Trainer's default sampler; with DflopCallback; packed too; and the two strategies of Trainer that look at lengths."""
+OWN_ARMS: list[str] = ["balanced", "packed"]
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -42,7 +43,7 @@ class DemoSettings:
 
     def training_arguments(self, arm: str) -> dict[str, Any]:
         """Keyword arguments for `TrainingArguments`: all arms but for the sampler alike."""
-        strategy = "random" if arm in ("stock", "balanced") else arm
+        strategy = "random" if arm in ("stock", *OWN_ARMS) else arm
         return {
             "per_device_train_batch_size": self.batch_size,
             "per_device_eval_batch_size": 1,

@@ -17,7 +17,7 @@ from recipes.demo.report import print_table, write_report
 from recipes.demo.results import load_runs, spread, summarize
 from recipes.demo.settings import ARMS, DemoSettings
 
-SPEED = {"stock": 1.0, "balanced": 1.5, "group_by_length": 1.1, "batch_rebalance": 1.25}
+SPEED = {"stock": 1.0, "balanced": 1.5, "packed": 2.0, "group_by_length": 1.1, "batch_rebalance": 1.25}
 
 
 def _shapes(count: int) -> Shapes:
@@ -29,7 +29,7 @@ def _shapes(count: int) -> Shapes:
 
 
 def _run(arm: str, round_: int) -> dict[str, Any]:
-    groups = [[[0, 1], [2]], [[3], [4, 5]]] if arm != "balanced" else [[[5], [2, 0]], [[3, 1], [4]]]
+    groups = [[[0, 1], [2]], [[3], [4, 5]]] if arm not in ("balanced", "packed") else [[[5], [2, 0]], [[3, 1], [4]]]
     ranks = [
         [
             {
