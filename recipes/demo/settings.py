@@ -10,7 +10,7 @@ from hf_dflop.shapes import Shapes
 __all__ = ["ARMS", "OWN_ARMS", "DemoSettings", "write_whole"]
 
 ARMS: list[str] = ["stock", "balanced", "packed", "group_by_length", "batch_rebalance"]
-"""Trainer's default sampler; with DflopCallback; packed too; and the two strategies of Trainer that look at lengths."""
+"""Trainer's default sampler; with DflopCallback; packed too; and Trainer's two strategies that look at lengths."""
 OWN_ARMS: list[str] = ["balanced", "packed"]
 
 
