@@ -5,13 +5,15 @@ matplotlib is installed) and loads. The per-sample counts are kept, since planni
 """
 
 import json
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from hf_dflop.errors import DatasetError
+from hf_dflop.profile.bad_rows import RowError
 from hf_dflop.shapes import SHAPE_COLUMNS, Shapes
 
 __all__ = ["DatasetProfile"]
@@ -42,10 +44,25 @@ class DatasetProfile:
     """Where the dataset came from and what it was annotated with."""
     shapes: Shapes | None = None
     """Counts of every sample; `None` in a profile that was saved without them."""
+    errors: tuple[RowError, ...] = ()
+    """Rows that are not usable, with the reason; see `on_error` of `profile_dataset`."""
 
     @classmethod
-    def from_shapes(cls, shapes: Shapes, *, provenance: dict[str, Any] | None = None) -> "DatasetProfile":
+    def from_shapes(
+        cls,
+        shapes: Shapes,
+        *,
+        provenance: dict[str, Any] | None = None,
+        errors: Sequence[RowError] = (),
+        unusable: Sequence[int] = (),
+    ) -> "DatasetProfile":
         """Summarise shapes.
+
+        Args:
+            shapes (`Shapes`): counts of every sample.
+            provenance (`dict`, *optional*): where they come from.
+            errors (`Sequence[RowError]`): rows that are not usable.
+            unusable (`Sequence[int]`): samples of `shapes` that are such rows; they are left out of the quantiles.
 
         Raises:
             DatasetError: there are no samples.
@@ -59,10 +76,11 @@ class DatasetProfile:
             totals={name: int(values.sum()) for name, values in columns.items()},
             quantiles={
                 name: {str(q): float(v) for q, v in zip(QUANTILES, np.quantile(values, QUANTILES), strict=True)}
-                for name, values in columns.items()
+                for name, values in ((name, np.delete(values, list(unusable))) for name, values in columns.items())
             },
             provenance=dict(provenance or {}),
             shapes=shapes,
+            errors=tuple(errors),
         )
 
     def summary(self) -> str:
@@ -73,6 +91,8 @@ class DatasetProfile:
         for name, values in self.quantiles.items():
             cells = "".join(f"{values[q]:>12,.0f}" for q in shown)
             lines.append(f"{name:18}{self.totals[name]:>16,}{cells}")
+        if self.errors:
+            lines.append(f"{len(self.errors):,} rows are not usable; the first: {self.errors[0].reason}")
         return "\n".join(lines)
 
     def save(self, directory: str | Path, *, samples: bool = True) -> None:
@@ -85,6 +105,7 @@ class DatasetProfile:
             "totals": self.totals,
             "quantiles": self.quantiles,
             "provenance": self.provenance,
+            "errors": [asdict(error) for error in self.errors],
         }
         (folder / "profile.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
         (folder / "shapes.npz").unlink(missing_ok=True)
@@ -110,7 +131,8 @@ class DatasetProfile:
         if (samples := path.with_name("shapes.npz")).is_file():
             with np.load(samples, allow_pickle=False) as file:
                 shapes = Shapes.from_columns({name: file[name] for name in SHAPE_COLUMNS})
-        return cls(**read, shapes=shapes)
+        errors = tuple(RowError(**error) for error in read.pop("errors", ()))
+        return cls(**read, shapes=shapes, errors=errors)
 
 
 def _draw(shapes: Shapes, folder: Path) -> None:
