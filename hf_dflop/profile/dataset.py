@@ -24,13 +24,15 @@ from typing import Any
 
 import numpy as np
 
-from hf_dflop.errors import DatasetError, ShapeMismatchError
+from hf_dflop.cost import ModelSpec
+from hf_dflop.errors import DatasetError, ModelError, ShapeMismatchError
 from hf_dflop.profile.annotate import ERROR_COLUMN, Annotator
 from hf_dflop.profile.bad_rows import check_on_error, raise_first, reasons_of, row_errors
 from hf_dflop.profile.origin import annotation_of, processor_fingerprint, with_annotation
 from hf_dflop.profile.report import DatasetProfile
 from hf_dflop.profile.source import load_processor, open_dataset, without_decoding
 from hf_dflop.profile.stream import SAMPLINGS, annotated_stream, batches_of, sampled, without_decoding_stream
+from hf_dflop.profile.subset import find_subsets
 from hf_dflop.profile.tokens import TokenCounter
 from hf_dflop.profile.verify import check_row
 from hf_dflop.rows import Layout, detect_layout, read_row
@@ -201,11 +203,19 @@ def _profile_rows(data: Any, policy: _Policy, source: dict[str, Any]) -> tuple[A
         annotated = None
     if annotated is None:
         annotated = _join(data, shapes, record, reasons if policy.on_error == "mark" else None)
+    names, subset = find_subsets(raw)
     usable = np.setdiff1d(np.arange(len(data)), np.fromiter(reasons, dtype=np.int64, count=len(reasons)))
     if reasons and policy.on_error == "skip":
         annotated, shapes = annotated.select(usable), shapes.select(usable)
+        subset = None if subset is None else subset[usable]
     profile = DatasetProfile.from_shapes(
-        shapes, provenance={**source, **record}, errors=row_errors(reasons), unusable=_marked(policy, reasons)
+        shapes,
+        provenance={**source, **record},
+        errors=row_errors(reasons),
+        unusable=_marked(policy, reasons),
+        spec=_spec(policy.config),
+        subset_names=names,
+        subset=subset,
     )
     return annotated, profile
 
@@ -242,8 +252,20 @@ def _profile_stream(stream: Any, policy: _Policy, source: dict[str, Any]) -> tup
         provenance={**source, **sampling, **record},
         errors=row_errors(reasons),
         unusable=_marked(policy, reasons),
+        spec=_spec(policy.config),
     )
     return annotated_stream(stream, raw, annotator, policy.on_error, record), profile
+
+
+def _spec(config: Any) -> ModelSpec | None:
+    """The model's structure, where its config is known and understood."""
+    if config is None:
+        return None
+    try:
+        return ModelSpec.from_config(config)
+    except (ModelError, AttributeError, TypeError) as error:
+        logger.warning("costs cannot be computed from this config: %s", error)
+        return None
 
 
 def _marked(policy: _Policy, reasons: Mapping[int, str]) -> list[int]:
