@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from hf_dflop.cli.profile import profile
+from hf_dflop.cli.profile import merge, profile
 from hf_dflop.errors import DflopError
 
 __all__ = ["app", "main"]
@@ -18,6 +18,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 app.command()(profile)
+app.command()(merge)
 
 
 @app.callback()

@@ -1,4 +1,4 @@
-"""`hf-dflop profile`: annotate a dataset for a model, print a summary, write the report."""
+"""`hf-dflop profile`: annotate a dataset for a model, print a summary, write the report. `merge`: join its parts."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ from hf_dflop.errors import DatasetError
 if TYPE_CHECKING:
     from hf_dflop.profile import DatasetProfile
 
-__all__ = ["profile"]
+__all__ = ["merge", "profile"]
 
 
 class OnError(StrEnum):
@@ -65,6 +65,9 @@ def profile(
     streaming: Annotated[
         bool, typer.Option("--streaming", help="Read rows from the Hub as needed (1,000 by default), no download.")
     ] = False,
+    shard: Annotated[
+        str | None, typer.Option(metavar="I/N", help="Only part I of N of the rows, from 0; `hf-dflop merge` joins.")
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder for profile.json, figures and report.html.")
     ] = None,
@@ -88,6 +91,8 @@ def profile(
 
     if output is not None and output.is_file():
         raise DatasetError(f"--output {output} is a file; name a folder")
+    if shard is not None and max_samples is not None:
+        raise DatasetError("--shard and --max-samples do not go together; pass one of them")
     annotated, found = profile_dataset(
         dataset,
         processor,
@@ -102,6 +107,7 @@ def profile(
         max_samples=max_samples,
         sample=sample.value,
         streaming=streaming,
+        shard=_shard(shard),
     )
     parts = (
         {key: (annotated[key], found[key]) for key in found} if isinstance(found, dict) else {"": (annotated, found)}
@@ -121,6 +127,33 @@ def profile(
             page = output / key / "report.html"
             told = f"report: {page}" if page.exists() else "no report.html: pip install 'hf_dflop[plots]'"
             Console(soft_wrap=True).print(told, markup=False, highlight=False)
+
+
+def merge(
+    parts: Annotated[list[Path], typer.Argument(help="Folders that `hf-dflop profile --shard I/N -o ...` wrote.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the profile of the whole dataset.")],
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object to stdout, and nothing else.")
+    ] = False,
+) -> None:
+    """Join the profiles of all parts of a dataset into the profile of the whole, exactly."""
+    from hf_dflop.profile import DatasetProfile
+
+    whole = DatasetProfile.merge(DatasetProfile.load(part) for part in parts)
+    _save({"": (None, whole)}, output)
+    if as_json:
+        print(json.dumps(_describe(whole)))
+    else:
+        _print(whole, "")
+
+
+def _shard(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    part, _, num_parts = text.partition("/")
+    if not (part.isdigit() and num_parts.isdigit() and int(part) < int(num_parts)):
+        raise DatasetError(f"--shard {text} is not I/N with 0 <= I < N, such as 0/4")
+    return int(part), int(num_parts)
 
 
 def _quiet(as_json: bool) -> None:

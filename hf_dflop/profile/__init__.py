@@ -10,6 +10,7 @@ dataset.py   `profile_dataset`: load, verify, annotate, cache
 origin.py    fingerprint of a processor and policy, kept with the annotated dataset
 subset.py    which sub-dataset a row comes from
 report.py    `DatasetProfile`: totals, quantiles, figures
+merge.py     the profiles of all parts of a dataset → the profile of the whole
 waiting.py   how long ranks would wait for each other
 figures.py   the figures of the page
 page.py      one self-contained HTML page

@@ -8,7 +8,8 @@ of it in the dataset that is returned:
     mark    bad rows stay, with counts of 0 and the reason in the column `dflop_error`
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,9 +36,20 @@ def check_on_error(on_error: str) -> None:
         raise ValueError(f"unknown on_error {on_error!r}; choose one of {', '.join(map(repr, ON_ERROR))}")
 
 
-def row_errors(reasons: Mapping[int, str]) -> tuple[RowError, ...]:
-    """Reasons by index as records, in the order of the rows."""
-    return tuple(RowError(index=index, reason=reasons[index]) for index in sorted(reasons))
+def row_errors(reasons: Mapping[int, str], positions: Sequence[int] | None = None) -> tuple[RowError, ...]:
+    """Reasons by index as records, in the order of the rows.
+
+    Args:
+        reasons (`Mapping[int, str]`): index → reason, which begins with "row <index>".
+        positions (`Sequence[int]`, *optional*): where the rows lie in the dataset that was given, when only some of
+            them were looked at.
+    """
+    errors = []
+    for index in sorted(reasons):
+        given = index if positions is None else int(positions[index])
+        reason = re.sub(rf"^row {index}\b", f"row {given}", reasons[index])
+        errors.append(RowError(index=given, reason=reason))
+    return tuple(errors)
 
 
 def raise_first(reasons: Mapping[int, str], num_rows: int, on_error: str) -> None:

@@ -65,6 +65,7 @@ class _Policy:
     on_error: str
     max_samples: int | None
     sample: str
+    shard: tuple[int, int] | None
     source: dict[str, Any]
 
 
@@ -87,6 +88,7 @@ def profile_dataset(
     max_samples: int | None = None,
     sample: str = "first",
     streaming: bool = False,
+    shard: tuple[int, int] | None = None,
 ) -> tuple[Any, Any]:
     """Count patches, image tokens, text tokens and label tokens of every sample, without decoding images.
 
@@ -115,6 +117,8 @@ def profile_dataset(
         sample (`str`, defaults to `"first"`): which rows those are: the "first" ones, or "random" ones (of a stream,
             drawn with a buffer of 10 × `max_samples` rows).
         streaming (`bool`, defaults to `False`): open an id or path as a stream.
+        shard (`tuple[int, int]`, *optional*): (i, n): only the i-th of n consecutive parts of the rows, counted from
+            0. The profiles of all parts make the whole one: `DatasetProfile.merge`.
 
     Returns:
         `tuple`: the dataset with the seven columns of `hf_dflop.Shapes` added, and its `DatasetProfile`. A
@@ -136,6 +140,10 @@ def profile_dataset(
         raise ValueError(f"unknown sample {sample!r}; choose one of {', '.join(map(repr, SAMPLINGS))}")
     if max_samples is not None and max_samples < 1:
         raise ValueError(f"max_samples is {max_samples}; it must be at least 1")
+    if shard is not None and not 0 <= shard[0] < shard[1]:
+        raise ValueError(f"shard is {shard[0]} of {shard[1]}; it must be (i, n) with 0 <= i < n")
+    if shard is not None and max_samples is not None:
+        raise ValueError("shard and max_samples do not go together; pass one of them")
     named = isinstance(dataset, str | os.PathLike)
     opened = open_dataset(dataset, name, split, revision, streaming)
     loaded, config = load_processor(processor, config)
@@ -152,6 +160,7 @@ def profile_dataset(
         on_error=on_error,
         max_samples=max_samples,
         sample=sample,
+        shard=shard,
         source={
             "dataset": str(dataset) if named else None,
             "name": name,
@@ -183,10 +192,21 @@ def _profile_split(data: Any, policy: _Policy, split: str | None) -> tuple[Any, 
 def _profile_rows(data: Any, policy: _Policy, source: dict[str, Any]) -> tuple[Any, DatasetProfile]:
     if not len(data):
         raise DatasetError("the dataset has no rows")
-    if policy.max_samples is not None and policy.max_samples < len(data):
-        picked: Any = range(policy.max_samples)
+    picked: Any = None
+    source = {**source, "on_error": policy.on_error}
+    if policy.shard is not None:
+        part, num_parts = policy.shard
+        source |= {"shard": [part, num_parts], "num_rows": len(data)}
+        picked = range(len(data) * part // num_parts, len(data) * (part + 1) // num_parts)
+        if not picked:
+            raise DatasetError(
+                f"part {part} of {num_parts} of a dataset of {len(data)} rows is empty; use fewer parts"
+            )
+    elif policy.max_samples is not None and policy.max_samples < len(data):
+        picked = range(policy.max_samples)
         if policy.sample == "random":
             picked = np.sort(np.random.default_rng(policy.seed).permutation(len(data))[: policy.max_samples])
+    if picked is not None:
         data = data.select(picked)
     raw = without_decoding(data)
     found = _find_layout(raw, policy)
@@ -211,7 +231,7 @@ def _profile_rows(data: Any, policy: _Policy, source: dict[str, Any]) -> tuple[A
     profile = DatasetProfile.from_shapes(
         shapes,
         provenance={**source, **record},
-        errors=row_errors(reasons),
+        errors=row_errors(reasons, picked),
         unusable=_marked(policy, reasons),
         spec=_spec(policy.config),
         subset_names=names,
@@ -221,6 +241,8 @@ def _profile_rows(data: Any, policy: _Policy, source: dict[str, Any]) -> tuple[A
 
 
 def _profile_stream(stream: Any, policy: _Policy, source: dict[str, Any]) -> tuple[Any, DatasetProfile]:
+    if policy.shard is not None:
+        raise DatasetError("a stream has no known number of rows to part; shard a map-style dataset")
     raw = without_decoding_stream(stream)
     max_samples = policy.max_samples or _STREAM_SAMPLES
     rows = sampled(raw, max_samples, policy.sample, policy.seed)
@@ -246,7 +268,13 @@ def _profile_stream(stream: Any, policy: _Policy, source: dict[str, Any]) -> tup
     record = _record(policy, annotator.layout)
     if policy.on_error == "skip":
         shapes = shapes.select(np.setdiff1d(np.arange(len(shapes)), list(reasons)))
-    sampling = {"streamed": True, "max_samples": max_samples, "sample": policy.sample, "seed": policy.seed}
+    sampling = {
+        "on_error": policy.on_error,
+        "streamed": True,
+        "max_samples": max_samples,
+        "sample": policy.sample,
+        "seed": policy.seed,
+    }
     profile = DatasetProfile.from_shapes(
         shapes,
         provenance={**source, **sampling, **record},

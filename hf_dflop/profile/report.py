@@ -6,7 +6,7 @@ global batches from them.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -100,6 +100,20 @@ class DatasetProfile:
             subset_names=tuple(subset_names),
             subset=subset,
         )
+
+    @classmethod
+    def merge(cls, profiles: "Iterable[DatasetProfile]") -> "DatasetProfile":
+        """The profile of a whole dataset from those of all its parts (see `shard` of `profile_dataset`), exactly.
+
+        Args:
+            profiles (`Iterable[DatasetProfile]`): one of each part, in any order.
+
+        Raises:
+            DatasetError: a part is missing, there twice or without samples, or parts are of different runs.
+        """
+        from hf_dflop.profile.merge import merge
+
+        return merge(list(profiles))
 
     def summary(self) -> str:
         """The profile as a text table."""

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["SUBSET_COLUMNS", "find_subsets"]
+__all__ = ["MOST_SUBSETS", "SUBSET_COLUMNS", "find_subsets"]
 
 SUBSET_COLUMNS = ("source", "subset", "dataset", "dataset_name", "data_source", "origin", "task", "category")
-_MOST = 1000
+MOST_SUBSETS = 1000
 """A column with more values than this names rows, not sub-datasets."""
 
 
@@ -29,13 +29,13 @@ def find_subsets(raw: Any) -> tuple[tuple[str, ...], npt.NDArray[np.int64] | Non
                 known = [names.setdefault(name or "(none)", len(names)) for name in encoded.dictionary.to_pylist()]
                 known.append(-1)
                 codes.append(np.asarray(known)[encoded.indices.fill_null(len(known) - 1).to_numpy()])
-                if len(names) > _MOST:
+                if len(names) > MOST_SUBSETS:
                     break
         except UnicodeDecodeError:
             continue
         found = np.concatenate(codes).astype(np.int64)
         if (found < 0).any():
             found[found < 0] = names.setdefault("(none)", len(names))
-        if 2 <= len(names) <= _MOST:
+        if len(names) <= MOST_SUBSETS:
             return tuple(names), found
     return (), None

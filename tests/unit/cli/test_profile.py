@@ -100,6 +100,23 @@ def test_mistakes_end_with_code_2_and_leave_nothing(
     assert run(monkeypatch, "profile", str(tmp_path / "data")) == 2
 
 
+def test_parts_and_merge(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], model: str
+) -> None:
+    make(7).save_to_disk(tmp_path / "data")
+    arguments = ("profile", str(tmp_path / "data"), "-p", model, "--json")
+    parts = [str(tmp_path / f"part{i}") for i in range(2)]
+    assert run(monkeypatch, *arguments) == 0
+    whole = json.loads(capsys.readouterr().out)
+    for i, part in enumerate(parts):
+        assert run(monkeypatch, *arguments, "--shard", f"{i}/2", "-o", part) == 0
+    capsys.readouterr()
+    assert run(monkeypatch, "merge", *parts, "-o", str(tmp_path / "whole"), "--json") == 0
+    assert json.loads(capsys.readouterr().out) == whole
+    assert run(monkeypatch, *arguments, "--shard", "2/2") == 2
+    assert "is not I/N" in capsys.readouterr().err
+
+
 def test_help_teaches(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     assert run(monkeypatch, "profile", "--help") == 0
