@@ -67,7 +67,9 @@ def render_page(profile: "DatasetProfile", dataset: Any = None) -> str:
             [g["name"] for g in groups], *(np.array([g[key] for g in groups]) for key in ("of_samples", "of_cost"))
         )
     html = {
-        name: figure.to_html(full_html=False, include_plotlyjs=False, config={"displayModeBar": False})
+        name: figure.to_html(
+            full_html=False, include_plotlyjs=False, config={"displayModeBar": False, "responsive": True}
+        )
         for name, figure in plots.items()
     }
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
@@ -106,11 +108,11 @@ def advice(profile: "DatasetProfile", waiting: list[Waiting]) -> str:
     stock, own = by_way["stock"][ranks], by_way["balanced"][ranks]
     most = max(by_way["balanced"])
     later = by_way["balanced"][most]
-    more = f", and {1 - later.time_to_stock:.0%} at {most}" if most != ranks else ""
+    more = f" ({1 - later.time_to_stock:.0%} less at {most} ranks)" if most != ranks else ""
     return (
-        f"Balance this dataset: at {ranks} ranks they would wait {stock.idle_fraction:.0%} of each step under stock "
-        f"sampling and {own.idle_fraction:.0%} with DflopCallback, which makes steps {1 - own.time_to_stock:.0%} "
-        f"shorter{more}."
+        f"Balance this dataset: at {ranks} ranks, GPUs are predicted to wait {stock.idle_fraction:.0%} of each step "
+        f"under stock sampling and {own.idle_fraction:.0%} with DflopCallback, whose steps take "
+        f"{1 - own.time_to_stock:.0%} less time{more}."
     )
 
 

@@ -6,7 +6,7 @@ profile, seeded; the same ones for every way, except that sorting changes which 
 
     stock      in the drawn order, as `Trainer` deals them
     sorted     all drawn samples sorted by LLM tokens, as `group_by_length` does within its megabatches
-    balanced   the stock batches, regrouped by `hf_dflop.balance.assign`
+    balanced   the stock batches, regrouped by `hf_dflop.balance.assign` within the callback's default token cap
 
 Assumptions: data parallel, one padded microbatch per rank and step, compute only (no communication). Where the
 profile has fewer samples than are drawn, some are drawn more than once.
@@ -71,7 +71,11 @@ def predict_waiting(
         for way in WAYS:
             slowest, mean = 0.0, 0.0
             for batch in by_length if way == "sorted" else drawn:
-                groups = np.split(batch, num_ranks) if way != "balanced" else _balanced(batch, vision, llm, num_ranks)
+                groups = (
+                    np.split(batch, num_ranks)
+                    if way != "balanced"
+                    else _balanced(batch, vision, llm, tokens, num_ranks, samples_per_rank)
+                )
                 busy = [vision[group].sum() + group.size * llm[group].max() for group in groups]
                 slowest += float(max(busy))
                 mean += float(np.mean(busy))
@@ -90,10 +94,23 @@ def _draw(num_samples: int, num_steps: int, size: int, rng: np.random.Generator)
 
 
 def _balanced(
-    batch: npt.NDArray[np.int64], vision: npt.NDArray[np.float64], llm: npt.NDArray[np.float64], num_ranks: int
+    batch: npt.NDArray[np.int64],
+    vision: npt.NDArray[np.float64],
+    llm: npt.NDArray[np.float64],
+    tokens: npt.NDArray[np.int64],
+    num_ranks: int,
+    samples_per_rank: int,
 ) -> list[npt.NDArray[np.int64]]:
-    stock = [[group] for group in np.split(np.arange(batch.size), num_ranks)]
+    """The batch's samples regrouped, under the memory cap that the callback sets by default."""
     assignment = assign(
-        vision[batch], llm[batch], num_ranks=num_ranks, num_slots=1, objective="step", padded=True, baseline=stock
+        vision[batch],
+        llm[batch],
+        num_ranks=num_ranks,
+        num_slots=1,
+        objective="step",
+        padded=True,
+        baseline=[[group] for group in np.split(np.arange(batch.size), num_ranks)],
+        tokens=tokens[batch],
+        max_tokens=samples_per_rank * int(tokens.max()),
     )
     return [batch[slots[0]] for slots in assignment.groups]
