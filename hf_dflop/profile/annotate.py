@@ -5,7 +5,7 @@ once: the image token is a special token of its own, so folding a run of k remov
 no other, whatever the text around the image merges to. Only rows longer than `max_length` are tokenised in full.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,12 +14,15 @@ from hf_dflop.errors import DatasetError, DflopError, ProcessorError
 from hf_dflop.profile.tokens import ImageCount, TokenCounter
 from hf_dflop.rows import Layout, Rendered, Renderer, Row, image_size, read_row
 from hf_dflop.rows.labels import Span, expand, labelled
-from hf_dflop.shapes import SHAPE_COLUMNS
+from hf_dflop.shapes import COLUMN_PREFIX, SHAPE_COLUMNS
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ["Annotator"]
+__all__ = ["ERROR_COLUMN", "Annotator"]
+
+ERROR_COLUMN = COLUMN_PREFIX + "error"
+"""Column with the reason why a row is not usable; null where it is."""
 
 _SUMMED = {
     "image_tiles": "tiles",
@@ -33,11 +36,18 @@ class Annotator:
     """Counts the rows of a dataset; call it with a batch as `datasets.map` does in the arrow format."""
 
     def __init__(
-        self, counter: TokenCounter, layout: Layout, labels: str = "assistant", max_length: int | None = None
+        self,
+        counter: TokenCounter,
+        layout: Layout,
+        labels: str = "assistant",
+        max_length: int | None = None,
+        *,
+        raises: bool = True,
     ) -> None:
         self.counter = counter
         self.layout = layout
         self.max_length = max_length
+        self.raises = raises
         self.renderer = Renderer(counter.processor, labels)
         self.tokenizer = counter.processor.tokenizer
         if not getattr(self.tokenizer, "is_fast", False):
@@ -46,14 +56,66 @@ class Annotator:
                 "tell which are learned"
             )
 
-    def __call__(self, table: "pa.Table", indices: Sequence[int]) -> dict[str, list[int]]:
-        columns = [self._values(name, table.column(name)) for name in table.column_names]
-        rows = [
-            read_row(dict(zip(table.column_names, values, strict=True)), self.layout, index=index)
+    def __call__(self, table: "pa.Table", indices: Sequence[int]) -> dict[str, list[Any]]:
+        return self._columns(self.count_all(self._read(table, indices)))
+
+    def annotate(self, rows: Sequence[Mapping[str, Any]], indices: Sequence[int]) -> dict[str, list[Any]]:
+        """The columns for rows that are Python values, images undecoded; what a stream gives."""
+        return self._columns(self.count_all([self._row(row, index) for row, index in zip(rows, indices, strict=True)]))
+
+    def count_all(self, rows: Sequence[Row | DflopError]) -> list[dict[str, int] | DflopError]:
+        """The counts of each row, or why it is not usable; a bad row does not touch the others.
+
+        Raises:
+            DatasetError: with `raises`, a row is not usable; of several, the first.
+        """
+        usable = [row for row in rows if isinstance(row, Row)]
+        counted: list[dict[str, int] | DflopError]
+        try:
+            counted = list(self.count(usable)) if usable else []
+        except MemoryError:
+            raise
+        except Exception as error:
+            counted = [_said(error, usable[0].name)] if len(usable) == 1 else [self._alone(row) for row in usable]
+        following = iter(counted)
+        results = [next(following) if isinstance(row, Row) else row for row in rows]
+        if self.raises:
+            for result in results:
+                if isinstance(result, DflopError):
+                    raise result
+        return results
+
+    def _alone(self, row: Row) -> dict[str, int] | DflopError:
+        try:
+            return self.count([row])[0]
+        except Exception as error:
+            return _said(error, row.name)
+
+    def _columns(self, counted: Sequence[dict[str, int] | DflopError]) -> dict[str, list[Any]]:
+        columns: dict[str, list[Any]] = {
+            name: [0 if isinstance(row, DflopError) else row[name.removeprefix(COLUMN_PREFIX)] for row in counted]
+            for name in SHAPE_COLUMNS
+        }
+        columns[ERROR_COLUMN] = [str(row) if isinstance(row, DflopError) else None for row in counted]
+        return columns
+
+    def _read(self, table: "pa.Table", indices: Sequence[int]) -> list[Row | DflopError]:
+        try:
+            columns = [self._values(name, table.column(name)) for name in table.column_names]
+        except Exception as error:  # text that is not UTF-8, found when a column becomes Python values
+            if len(indices) == 1:
+                return [_said(error, f"row {indices[0]}")]
+            return [row for i, index in enumerate(indices) for row in self._read(table.slice(i, 1), [index])]
+        return [
+            self._row(dict(zip(table.column_names, values, strict=True)), index)
             for index, values in zip(indices, zip(*columns, strict=True), strict=True)
         ]
-        counted = self.count(rows)
-        return {name: [row[name.removeprefix("dflop_")] for row in counted] for name in SHAPE_COLUMNS}
+
+    def _row(self, row: Mapping[str, Any], index: int) -> Row | DflopError:
+        try:
+            return read_row(row, self.layout, index=index)
+        except Exception as error:
+            return _said(error, f"row {index}")
 
     def _values(self, name: str, column: "pa.ChunkedArray") -> list[Any]:
         """Python values of a column; bytes of images stay in the table, of which only the headers are read."""
@@ -168,6 +230,13 @@ class Annotator:
             )
         counts["text_tokens"] = len(ids) - counts["image_tokens"]
         counts["label_tokens"] = int((labelled(offsets, spans, self.renderer.labels) & ~is_feature)[1:].sum())
+
+
+def _said(error: Exception, name: str) -> DflopError:
+    """The error as one that names the row."""
+    if isinstance(error, DflopError):
+        return error
+    return DatasetError(f"{name}: cannot be read: {type(error).__name__}: {error}")
 
 
 def _image_lists(lists: "pa.ListArray") -> list[list[Any] | None]:

@@ -1,17 +1,23 @@
 """What a dataset is made of: totals and quantiles of its shape columns, and figures.
 
-Input: `Shapes`. Output: `DatasetProfile`, which prints, saves (`profile.json`, `shapes.npz`, and figures where
-matplotlib is installed) and loads. The per-sample counts are kept, since planning draws global batches from them.
+Input: `Shapes`. Output: `DatasetProfile`, which prints, saves (`profile.json`, `shapes.npz`, figures where
+matplotlib is installed, a page where plotly is) and loads. The per-sample counts are kept, since planning draws
+global batches from them.
 """
 
 import json
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
+from hf_dflop.cost import ModelSpec
 from hf_dflop.errors import DatasetError
+from hf_dflop.profile.bad_rows import RowError
 from hf_dflop.shapes import SHAPE_COLUMNS, Shapes
 
 __all__ = ["DatasetProfile"]
@@ -42,10 +48,36 @@ class DatasetProfile:
     """Where the dataset came from and what it was annotated with."""
     shapes: Shapes | None = None
     """Counts of every sample; `None` in a profile that was saved without them."""
+    errors: tuple[RowError, ...] = ()
+    """Rows that are not usable, with the reason; see `on_error` of `profile_dataset`."""
+    spec: ModelSpec | None = None
+    """Structure of the model, from which the report computes costs; `None` where its config was not known."""
+    subset_names: tuple[str, ...] = ()
+    """Sub-datasets of a mixture, where a column such as `source` names them."""
+    subset: npt.NDArray[np.int64] | None = None
+    """`(num_samples,)` position in `subset_names` of each sample."""
 
     @classmethod
-    def from_shapes(cls, shapes: Shapes, *, provenance: dict[str, Any] | None = None) -> "DatasetProfile":
+    def from_shapes(
+        cls,
+        shapes: Shapes,
+        *,
+        provenance: dict[str, Any] | None = None,
+        errors: Sequence[RowError] = (),
+        unusable: Sequence[int] = (),
+        spec: ModelSpec | None = None,
+        subset_names: Sequence[str] = (),
+        subset: npt.NDArray[np.int64] | None = None,
+    ) -> "DatasetProfile":
         """Summarise shapes.
+
+        Args:
+            shapes (`Shapes`): counts of every sample.
+            provenance (`dict`, *optional*): where they come from.
+            errors (`Sequence[RowError]`): rows that are not usable.
+            unusable (`Sequence[int]`): samples of `shapes` that are such rows; they are left out of the quantiles.
+            spec (`ModelSpec`, *optional*): structure of the model.
+            subset_names (`Sequence[str]`), subset (`(num_samples,)` of int64): sub-dataset of each sample.
 
         Raises:
             DatasetError: there are no samples.
@@ -59,11 +91,29 @@ class DatasetProfile:
             totals={name: int(values.sum()) for name, values in columns.items()},
             quantiles={
                 name: {str(q): float(v) for q, v in zip(QUANTILES, np.quantile(values, QUANTILES), strict=True)}
-                for name, values in columns.items()
+                for name, values in ((name, np.delete(values, list(unusable))) for name, values in columns.items())
             },
             provenance=dict(provenance or {}),
             shapes=shapes,
+            errors=tuple(errors),
+            spec=spec,
+            subset_names=tuple(subset_names),
+            subset=subset,
         )
+
+    @classmethod
+    def merge(cls, profiles: "Iterable[DatasetProfile]") -> "DatasetProfile":
+        """The profile of a whole dataset from those of all its parts (see `shard` of `profile_dataset`), exactly.
+
+        Args:
+            profiles (`Iterable[DatasetProfile]`): one of each part, in any order.
+
+        Raises:
+            DatasetError: a part is missing, there twice or without samples, or parts are of different runs.
+        """
+        from hf_dflop.profile.merge import merge
+
+        return merge(list(profiles))
 
     def summary(self) -> str:
         """The profile as a text table."""
@@ -73,10 +123,19 @@ class DatasetProfile:
         for name, values in self.quantiles.items():
             cells = "".join(f"{values[q]:>12,.0f}" for q in shown)
             lines.append(f"{name:18}{self.totals[name]:>16,}{cells}")
+        if self.errors:
+            lines.append(f"{len(self.errors):,} rows are not usable; the first: {self.errors[0].reason}")
         return "\n".join(lines)
 
-    def save(self, directory: str | Path, *, samples: bool = True) -> None:
-        """Write `profile.json`, `shapes.npz` (unless `samples=False`), and figures where matplotlib is installed."""
+    def save(self, directory: str | Path, *, samples: bool = True, dataset: Any = None) -> None:
+        """Write `profile.json`, `shapes.npz`, figures (with matplotlib), and `report.html` (with plotly and jinja2).
+
+        Args:
+            directory (`str` or `Path`): folder to write to; made where it is missing.
+            samples (`bool`, defaults to `True`): `False` writes `profile.json` alone.
+            dataset (`datasets.Dataset`, *optional*): the annotated dataset; the report then shows pictures of the
+                costliest samples.
+        """
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
         written = {
@@ -85,13 +144,22 @@ class DatasetProfile:
             "totals": self.totals,
             "quantiles": self.quantiles,
             "provenance": self.provenance,
+            "errors": [asdict(error) for error in self.errors],
+            "spec": None if self.spec is None else self.spec.to_dict(),
+            "subset_names": list(self.subset_names),
         }
         (folder / "profile.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
         (folder / "shapes.npz").unlink(missing_ok=True)
         if samples and self.shapes is not None:
             columns: dict[str, Any] = dict(self.shapes.to_columns())
+            if self.subset is not None:
+                columns["subset"] = self.subset
             np.savez_compressed(folder / "shapes.npz", **columns)
             _draw(self.shapes, folder)
+            if find_spec("jinja2") is not None and find_spec("plotly") is not None:
+                from hf_dflop.profile.page import render_page
+
+                (folder / "report.html").write_text(render_page(self, dataset), encoding="utf-8")
 
     @classmethod
     def load(cls, directory: str | Path) -> "DatasetProfile":
@@ -106,11 +174,22 @@ class DatasetProfile:
         read = json.loads(path.read_text(encoding="utf-8"))
         if read.pop("format", None) != _FORMAT:
             raise DatasetError(f"{path} has another format than {_FORMAT}; profile the dataset again")
-        shapes = None
+        shapes = subset = None
         if (samples := path.with_name("shapes.npz")).is_file():
             with np.load(samples, allow_pickle=False) as file:
                 shapes = Shapes.from_columns({name: file[name] for name in SHAPE_COLUMNS})
-        return cls(**read, shapes=shapes)
+                subset = file.get("subset")
+        errors = tuple(RowError(**error) for error in read.pop("errors", ()))
+        spec = read.pop("spec", None)
+        names = tuple(read.pop("subset_names", ()))
+        return cls(
+            **read,
+            shapes=shapes,
+            errors=errors,
+            spec=None if spec is None else ModelSpec.from_dict(spec),
+            subset_names=names,
+            subset=subset,
+        )
 
 
 def _draw(shapes: Shapes, folder: Path) -> None:

@@ -5,17 +5,19 @@ A picture that is still encoded is turned upright by its EXIF or XMP orientation
 `datasets.Image` does; a PIL image is taken as it is, as processors take it. `image_size` knows this without
 decoding a pixel.
 
-Assumptions: the header tells the truth about the size (a damaged body is not noticed here).
+Assumptions: the header tells the truth about the size. A file that ends too early is noticed without decoding the
+others (see `ending.py`); damage further inside is not.
 """
 
 import re
 import struct
 import warnings
 from collections.abc import Mapping
-from io import BytesIO
+from io import BytesIO, UnsupportedOperation
 from typing import Any
 
 from hf_dflop.errors import DatasetError
+from hf_dflop.rows.ending import looks_cut_off
 
 __all__ = ["image_size", "load_image"]
 
@@ -31,7 +33,8 @@ def image_size(cell: Any, *, where: str = "image") -> tuple[int, int]:
         where (`str`): how error messages call it, for example "row 3, column 'images'".
 
     Raises:
-        DatasetError: the image cannot be read, or is larger than PIL's limit against decompression bombs.
+        DatasetError: the image cannot be read, ends too early, or is larger than PIL's limit against decompression
+            bombs.
     """
     from PIL import Image
 
@@ -42,6 +45,9 @@ def image_size(cell: Any, *, where: str = "image") -> tuple[int, int]:
         # TIFF's reader already reports the upright size.
         if picture.format != "TIFF" and _orientation(picture) in _SIDEWAYS:
             width, height = height, width
+        cut_off = looks_cut_off(picture.format, picture.fp)
+    if cut_off:
+        load_image(cell, where=where)
     return height, width
 
 
@@ -85,7 +91,10 @@ def _open(cell: Any, where: str) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            return Image.open(source)
+            try:
+                return Image.open(source)
+            except UnsupportedOperation:  # some readers of PIL want lines, which a buffer of arrow does not give
+                return Image.open(BytesIO(cell["bytes"].to_pybytes()))
     except Image.DecompressionBombError as error:
         raise DatasetError(f"{where}: {error} Drop the row or shrink the image.") from error
     except Exception as error:

@@ -35,7 +35,7 @@ _TURN_KEYS = {
 }
 _QUESTION_COLUMNS = ("question", "query", "prompt", "instruction", "problem")
 _ANSWER_COLUMNS = ("answer", "answers", "response", "output", "completion", "solution", "label")
-_CAPTION_COLUMNS = ("text", "caption", "captions")
+_CAPTION_COLUMNS = ("text", "caption", "captions", "txt")
 _IMAGE_COLUMNS = ("images", "image", "img", "picture", "pictures")
 _ROLES = {
     "human": "user",
@@ -171,13 +171,13 @@ def read_row(row: Mapping[str, Any], layout: Layout, *, index: int | None = None
         turns = _turns(row, layout, name)
         cells = _cells(row.get(layout.image_column)) if layout.image_column else []
     messages, inline = _normalise(turns, name)
+    if not messages:
+        raise DatasetError(f"{name}: has no text: its turns are empty or missing")
     placeholders = sum(part["type"] == "image" for turn in messages for part in turn["content"])
     if not cells and inline and len(inline) == placeholders:
         cells = inline
     if not placeholders and cells:
-        target = next((turn for turn in messages if turn["role"] == "user"), messages[0] if messages else None)
-        if target is None:
-            raise DatasetError(f"{name}: has {len(cells)} images and no turn to put them in")
+        target = next((turn for turn in messages if turn["role"] == "user"), messages[0])
         target["content"][:0] = [{"type": "image"} for _ in cells]
         placeholders = len(cells)
     if placeholders != len(cells):

@@ -22,12 +22,6 @@ from hf_dflop.shapes import SHAPE_COLUMNS, Shapes
 from tests.unit.rows import tiny
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    return tmp_path / "cache"
-
-
 def cell(width: int, height: int, format: str = "JPEG", **options: Any) -> dict[str, Any]:
     file = BytesIO()
     noise = np.random.default_rng(width * height).integers(0, 255, (height, width, 3), dtype=np.uint8)
@@ -110,7 +104,7 @@ def test_workers_count_the_same() -> None:
 
 def test_a_second_call_reads_the_cache(monkeypatch: pytest.MonkeyPatch, own_cache: Path) -> None:
     first, _ = profile_dataset(make(), tiny.llava(), verify=4)
-    monkeypatch.setattr(module, "Annotator", lambda *_: pytest.fail("counted again"))
+    monkeypatch.setattr(module, "Annotator", lambda *_, **__: pytest.fail("counted again"))
     second, _ = profile_dataset(make(), tiny.llava(), verify=4)
     assert second["dflop_text_tokens"][:] == first["dflop_text_tokens"][:]
     assert second._fingerprint == first._fingerprint
@@ -163,7 +157,7 @@ def test_annotated_rows_are_used_again_and_other_processors_are_noticed(
         assert record["processor"] != processor_fingerprint(tiny.llava(), labels="all")
     assert annotation_of(annotated.remove_columns("dflop_text_tokens")) is None
     with monkeypatch.context() as patch:
-        patch.setattr(module, "Annotator", lambda *_: pytest.fail("counted again"))
+        patch.setattr(module, "Annotator", lambda *_, **__: pytest.fail("counted again"))
         assert profile_dataset(annotated.select(range(5)), tiny.llava())[1].num_samples == 5
     other, _ = profile_dataset(annotated, tiny.qwen2_vl())
     assert other.column_names == annotated.column_names
@@ -270,8 +264,8 @@ def test_paths_and_ids(tmp_path: Path) -> None:
     datasets.DatasetDict(train=make(4), test=make(5)).save_to_disk(tmp_path / "splits")
     _, profile = profile_dataset(tmp_path / "splits", processor, split="test")
     assert profile.num_samples == 5
-    with pytest.raises(DatasetError, match=r"split None is not one of \['train', 'test'\]"):
-        profile_dataset(tmp_path / "splits", processor)
+    with pytest.raises(DatasetError, match=r"split 'dev' is not one of \['train', 'test'\]"):
+        profile_dataset(tmp_path / "splits", processor, split="dev")
     lines = [json.dumps({"question": "a", "answer": "b"})] * 3
     (tmp_path / "rows.jsonl").write_text("\n".join(lines))
     loaded = datasets.load_dataset("json", data_files=str(tmp_path / "rows.jsonl"), split="train")
@@ -294,8 +288,8 @@ def test_errors_name_the_row_and_the_column() -> None:
         profile_dataset(data.remove_columns("images"), tiny.llava(), verify=0)
     with pytest.raises(DatasetError, match=r"row \d: \d+ tokens, more than max_length=12; the cut would keep"):
         profile_dataset(data, tiny.llava(), max_length=12, verify=0)
-    with pytest.raises(DatasetError, match="IterableDataset cannot be annotated"):
-        profile_dataset(data.to_iterable_dataset(), tiny.llava())
+    with pytest.raises(DatasetError, match="list cannot be annotated"):
+        profile_dataset(data.to_list(), tiny.llava())
     with pytest.raises(DatasetError, match="no rows"):
         profile_dataset(data.select([]), tiny.llava())
 

@@ -1,0 +1,84 @@
+"""Streams: annotated lazily while they are read, profiled on some of their rows.
+
+Input: an `IterableDataset` and an `Annotator`. Output: a stream with the shape columns, and the counts of the first
+rows, or of random ones out of a seeded buffer; the rest of the stream is not read. Counts are those of the
+map-style path: both run the same annotator on undecoded images.
+
+Assumptions: a stream whose images were decoded by an earlier `map` is counted from the decoded pictures.
+"""
+
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+from hf_dflop.profile.annotate import ERROR_COLUMN, Annotator
+from hf_dflop.profile.origin import with_annotation
+from hf_dflop.profile.source import undecoded
+from hf_dflop.shapes import COLUMN_PREFIX, SHAPE_COLUMNS
+
+__all__ = ["SAMPLINGS", "annotated_stream", "batches_of", "sampled", "without_decoding_stream"]
+
+SAMPLINGS = ("first", "random")
+BUFFER_FACTOR = 10
+"""Rows in the buffer from which random rows are drawn, for each row that is drawn."""
+_BATCH_ROWS = 64
+
+
+def without_decoding_stream(stream: Any) -> Any:
+    """The stream without format and shape columns, its images undecoded where its features are known."""
+    import datasets
+
+    plain = stream.with_format(None)
+    if plain.features is None:
+        return plain
+    plain = plain.decode(False)
+    dropped = [column for column in plain.features if column.startswith(COLUMN_PREFIX)]
+    plain = plain.remove_columns(dropped) if dropped else plain
+    return plain.cast(datasets.Features({name: undecoded(feature) for name, feature in plain.features.items()}))
+
+
+def sampled(raw: Any, max_samples: int, sample: str, seed: int) -> Iterator[dict[str, Any]]:
+    """The rows that are profiled."""
+    if sample == "random":
+        raw = raw.shuffle(seed=seed, buffer_size=BUFFER_FACTOR * max_samples)
+    return iter(raw.take(max_samples))
+
+
+def batches_of(rows: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """The rows in lists, so that few of them are in memory at a time."""
+    while batch := list(islice(rows, _BATCH_ROWS)):
+        yield batch
+
+
+def annotated_stream(stream: Any, raw: Any, annotator: Annotator, on_error: str, record: dict[str, Any]) -> Any:
+    """The stream with its shape columns, counted as rows pass by; images are decoded after counting, as before."""
+    import datasets
+
+    added = {name: datasets.Value("int64") for name in SHAPE_COLUMNS}
+    if on_error == "mark":
+        added[ERROR_COLUMN] = datasets.Value("string")
+    # Mapped without features, since a typed map would leave the images undecoded for good.
+    annotated = raw.map(_Pass(annotator, on_error), batched=True, batch_size=_BATCH_ROWS, with_indices=True)
+    if raw.features is not None:
+        kept = {name: feature for name, feature in stream.features.items() if name in raw.features}
+        annotated = annotated.cast(datasets.Features({**kept, **added}))
+    annotated.info.description = with_annotation(annotated.info.description, record)
+    form = getattr(stream, "_formatting", None)
+    return annotated if form is None else annotated.with_format(form.format_type)
+
+
+class _Pass:
+    """What `IterableDataset.map` calls with each batch."""
+
+    def __init__(self, annotator: Annotator, on_error: str) -> None:
+        self.annotator = annotator
+        self.on_error = on_error
+
+    def __call__(self, batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
+        rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+        counted = self.annotator.annotate(rows, indices)
+        reasons = counted.pop(ERROR_COLUMN)
+        if self.on_error == "mark":
+            return {**batch, **counted, ERROR_COLUMN: reasons}
+        kept = [i for i, reason in enumerate(reasons) if reason is None]
+        return {name: [values[i] for i in kept] for name, values in {**batch, **counted}.items()}

@@ -1,0 +1,59 @@
+"""A dataset id of the Hub, end to end against a local server: downloaded, streamed, gated, missing."""
+
+import json
+import os
+import subprocess
+import sys
+from io import BytesIO
+from pathlib import Path
+
+from hf_dflop.profile import profile_dataset
+from tests.unit.profile.hub import hub
+from tests.unit.profile.test_dataset import make
+from tests.unit.rows import tiny
+
+SCRIPT = """
+import json, sys
+from hf_dflop.errors import DatasetError
+from hf_dflop.profile import profile_dataset
+from hf_dflop.shapes import SHAPE_COLUMNS
+from tests.unit.rows import tiny
+
+found = {}
+for streaming in (False, True):
+    rows, profile = profile_dataset("acme/photos", tiny.llava(), split="train", streaming=streaming, verify=2)
+    found[str(streaming)] = [[row[name] for name in SHAPE_COLUMNS] for row in rows]
+    assert profile.provenance["dataset"] == "acme/photos"
+for missing in ("acme/nothing", "acme/gated"):
+    try:
+        profile_dataset(missing, tiny.llava(), split="train")
+    except DatasetError as error:
+        found[missing] = str(error)
+print(json.dumps(found))
+"""
+
+
+def test_a_dataset_of_the_hub(tmp_path: Path) -> None:
+    data, files = make(8), {"README.md": b"---\nlicense: apache-2.0\n---\n# Photos\n"}
+    for i, split in enumerate(("train", "test")):
+        file = BytesIO()
+        data.select(range(i, 8)).to_parquet(file)
+        files[f"data/{split}-00000-of-00001.parquet"] = file.getvalue()
+    with hub("acme/photos", files) as (endpoint, asked):
+        kept = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "HF_TOKEN", "HF_DATASETS_OFFLINE")}
+        done = subprocess.run(
+            [sys.executable, "-c", SCRIPT],
+            env={**kept, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1",
+                 "HF_HUB_DISABLE_TELEMETRY": "1", "no_proxy": "127.0.0.1", "NO_PROXY": "127.0.0.1",
+                 "PYTHONPATH": str(Path(__file__).parents[3])},
+            capture_output=True, text=True, check=False, timeout=120,
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:] + "\n".join(asked[-20:])
+    found = json.loads(done.stdout.splitlines()[-1])
+    expected, _ = profile_dataset(data, tiny.llava(), verify=0)
+    counts = [[row[name] for name in expected.column_names if name.startswith("dflop_")] for row in expected]
+    assert found["False"] == found["True"] == counts
+    for missing in ("acme/nothing", "acme/gated"):
+        assert f"the dataset '{missing}' cannot be loaded" in found[missing]
+        assert "\n" not in found[missing]
+    assert any("train-00000" in line for line in asked)
