@@ -25,7 +25,7 @@ __all__ = ["evaluate", "search"]
 STEP, SLOT, STAGE, PIPELINE = 0, 1, 2, 3  # the order of objective.OBJECTIVES
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _next(state):
     """A pseudo-random whole number in [0, 2**31); `state` (1,) uint64 is advanced (xorshift64)."""
     x = state[0]
@@ -36,7 +36,7 @@ def _next(state):
     return np.int64(x >> np.uint64(33))
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _slot_cost(s, v, lm, num_ranks, objective):
     most = np.int64(0)
     most_v = np.int64(0)
@@ -49,7 +49,7 @@ def _slot_cost(s, v, lm, num_ranks, objective):
     return most + most_v
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _value(v, lm, num_ranks, objective):
     """Objective of the microbatch costs `v`, `lm` (num_groups,)."""
     value = np.int64(0)
@@ -68,7 +68,7 @@ def _value(v, lm, num_ranks, objective):
     return value
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _over(count, sums, largest, caps, padded_caps):
     """How much a microbatch exceeds its caps."""
     total = np.int64(0)
@@ -77,7 +77,7 @@ def _over(count, sums, largest, caps, padded_caps):
     return total
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _group_cost(g, member, count, vision, llm, weights, caps, padded_caps, padded):
     """(vision, LLM, excess over caps) of group g, from its members."""
     v = np.int64(0)
@@ -100,7 +100,7 @@ def _group_cost(g, member, count, vision, llm, weights, caps, padded_caps, padde
     return v, (count[g] * longest if padded else total), excess
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _changed(g, out, inn, member, count, v, lm, top, sums, tops, vision, llm, weights, caps, padded_caps, padded):
     """(vision, LLM, excess) of group g without sample `out` and with `inn` (-1: none)."""
     new_v = v[g]
@@ -143,7 +143,7 @@ def _changed(g, out, inn, member, count, v, lm, top, sums, tops, vision, llm, we
     return new_v, new_l, excess
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _rescan(g, member, count, top, sums, tops, llm, weights):
     """Recompute the two largest lengths and weights of group g, and its sums of weights."""
     top[g, 0] = 0
@@ -169,7 +169,7 @@ def _rescan(g, member, count, top, sums, tops, llm, weights):
                 tops[g, k, 1] = value
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _slowest(v, lm, num_ranks, objective, random):
     """A group that the objective waits for."""
     num_groups = v.size
@@ -205,7 +205,7 @@ def _slowest(v, lm, num_ranks, objective, random):
     return found
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def evaluate(group, num_groups, num_ranks, vision, llm, weights, caps, padded_caps, padded, objective):
     """(excess over caps, objective, total compute) of a grouping."""
     v = np.zeros(num_groups, dtype=np.int64)
@@ -231,7 +231,7 @@ def evaluate(group, num_groups, num_ranks, vision, llm, weights, caps, padded_ca
     return excess, _value(v, lm, num_ranks, objective), v.sum() + lm.sum()
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def search(
     group,
     num_groups,

@@ -48,7 +48,8 @@ class DflopCallback(TrainerCallback):
     | `dflop/predicted_idle_stock` | predicted share of the step that the mean rank waits under the stock grouping |
     | `dflop/predicted_idle` | the same under the balanced grouping (with `balance=False`: what it would be) |
     | `dflop/gap` | predicted step seconds ÷ lower bound − 1 of the balanced grouping |
-    | `dflop/scheduling_s` | seconds to group one step |
+    | `dflop/scheduling_s` | seconds to group one step, in a thread of its own, ahead of the loop |
+    | `dflop/scheduling_wait_s` | seconds that the loop waited for the grouping of a step |
     | `dflop/idle_fraction` | measured: time that the mean rank waited for the slowest one ÷ step time |
     | `dflop/step_s` | measured: seconds of a step, data included |
     | `dflop/data_s` | measured: seconds between steps, for fetching and collating, mean over ranks |
@@ -190,6 +191,7 @@ class DflopCallback(TrainerCallback):
             set_stock_epoch=sharding.set_epoch,
             seed=self._seed,
         )
+        sampler.warm_up()
         replace_batch_sampler(dataloader, sampler)
         logger.info(
             "hf_dflop %s %d samples over %d ranks × %d microbatches per step (%s, objective %r)",
@@ -310,6 +312,7 @@ class DflopCallback(TrainerCallback):
             record["predicted_stock_s"] = assignment.baseline_s
             record["bound_s"] = assignment.bound_s
             record["scheduling_s"] = plan.scheduling_s
+            record["scheduling_wait_s"] = plan.scheduling_wait_s
         return record
 
     def _close(self) -> None:

@@ -1,0 +1,122 @@
+"""Steps planned in a thread are the steps planned in place; the loop hardly waits for them."""
+
+import subprocess
+import sys
+import threading
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from hf_dflop.cost import CostModel, ModelSpec
+from hf_dflop.data.sampler import BalancedBatchSampler, stock_caps
+from hf_dflop.errors import BalanceError
+from hf_dflop.shapes import Shapes
+from tests.distributed import tiny
+
+
+def build(num_samples: int, per_step: int, num_ranks: int = 4, num_slots: int = 2, **kwargs: Any) -> Any:
+    generator = np.random.default_rng(0)
+    images = np.minimum(generator.geometric(0.4, num_samples) - 1, 12)
+    text = np.clip(generator.lognormal(4, 1, num_samples), 4, 4000).astype(np.int64)
+    shapes = Shapes(
+        num_images=images, image_tiles=images, image_patches=576 * images, image_patches_sq=images * 576**2,
+        image_tokens=576 * images, text_tokens=text, label_tokens=text // 2,
+    )  # fmt: skip
+    size = per_step // (num_ranks * num_slots)
+
+    def stock() -> list[list[list[int]]]:
+        batches = np.arange(num_samples).reshape(-1, num_ranks, size)
+        return [batches[:, rank].tolist() for rank in range(num_ranks)]
+
+    defaults: dict[str, Any] = {"rank": 1, "objective": "step", "padded": False, "caps": stock_caps(shapes, size)}
+    return BalancedBatchSampler(
+        stock,
+        shapes,
+        CostModel.analytic(ModelSpec.from_config(tiny.model().config)),
+        num_ranks=num_ranks,
+        num_slots=num_slots,
+        length=num_samples // size // num_ranks,
+        **(defaults | kwargs),
+    )
+
+
+@pytest.mark.parametrize(("objective", "padded"), [("step", False), ("stage", True)])
+def test_the_plans_do_not_depend_on_the_look_ahead(objective: str, padded: bool) -> None:
+    epochs = []
+    for depth in (0, 1, 4):
+        sampler = build(640, 64, objective=objective, padded=padded, look_ahead_steps=depth)
+        sampler.skip_to(2)
+        epochs.append(list(sampler))
+        assert len(epochs[-1]) == len(sampler) == 20
+        assert sampler.plan_of(0, 1) is None
+        assert [sampler.plan_of(0, step).step for step in range(2, 10)] == list(range(2, 10))
+        assert sampler.plan_of(0, 2).scheduling_wait_s > 0
+    assert epochs[0] == epochs[1] == epochs[2]
+
+
+def test_loader_workers_forked_beside_the_thread_load_the_same() -> None:
+    sampler = build(640, 64)
+    expected = list(sampler)
+    running = iter(sampler)
+    next(running)
+    loader: Any = DataLoader(range(640), batch_sampler=sampler, num_workers=2, collate_fn=list, timeout=60)  # type: ignore[arg-type]
+    assert list(loader) == expected
+    assert [next(running)] == expected[1:2]
+
+
+def test_a_step_that_cannot_be_planned_is_named_in_the_iterating_thread() -> None:
+    sampler = build(640, 64)
+    sampler._tokens[5 * 64 + 3] = 10**9
+    batches = iter(sampler)
+    assert sum(1 for _, _ in zip(range(10), batches, strict=False)) == 10
+    with pytest.raises(BalanceError, match="epoch 0, step 5"):
+        next(batches)
+    deadline = time.monotonic() + 5
+    while any(t.name.startswith("hf_dflop-plan") for t in threading.enumerate()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not any(t.name.startswith("hf_dflop-plan") for t in threading.enumerate())
+
+
+@pytest.mark.parametrize(("objective", "padded"), [("step", False), ("step", True), ("stage", True)])
+def test_the_loop_hardly_waits_for_4096_samples_a_step(objective: str, padded: bool) -> None:
+    """Under 0.5 % of a step of 1 s; here the steps are shorter, and the waiting is the same."""
+    torch.set_num_threads(1)
+    sampler = build(4096 * 6, 4096, num_ranks=16, num_slots=16, objective=objective, padded=padded)
+    sampler.warm_up()
+    matrix = torch.ones(400, 400)
+    for number, _ in enumerate(sampler):
+        if number % 16 == 0:
+            end = time.perf_counter() + 0.4
+            while time.perf_counter() < end:
+                matrix @ matrix
+    waits = [sampler.plan_of(0, step).scheduling_wait_s for step in range(1, 6)]
+    assert float(np.median(waits)) < 0.005, waits
+
+
+def test_warming_up_compiles_everything() -> None:
+    code = """
+import importlib, numpy as np
+from hf_dflop.balance import assign, warm_up
+names = ("greedy", "descent", "search", "padding")
+def compiled():
+    functions = {f"{n}.{k}": v for n in names for k, v in vars(importlib.import_module(f"hf_dflop.balance.{n}")).items()}
+    return {name: len(f.signatures) for name, f in functions.items() if hasattr(f, "signatures")}
+for padded in (False, True):
+    warm_up(objective="step", padded=padded)
+    before = compiled()
+    assert before["search.search"], before
+    for n, ranks, slots in ((512, 8, 8), (64, 8, 1), (8, 4, 2), (7, 2, 2)):
+        generator = np.random.default_rng(n)
+        vision, llm = generator.lognormal(0, 1, (2, n))
+        counts = np.ceil(llm).astype(int)
+        stock = [np.array_split(part, slots) for part in np.array_split(np.arange(n), ranks)]
+        for cap in (None, n * int(counts.max())):
+            assign(vision, llm, num_ranks=ranks, num_slots=slots, objective="step", padded=padded, baseline=stock,
+                   tokens=counts, max_tokens=cap, patches=counts, max_patches=cap)
+    assert compiled() == before, (padded, before, compiled())
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
