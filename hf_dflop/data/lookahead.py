@@ -11,7 +11,7 @@ import itertools
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -23,7 +23,7 @@ Result = TypeVar("Result")
 
 def look_ahead(
     function: Callable[[Item], Result], items: Iterable[Item], *, depth: int
-) -> Iterator[tuple[Result, float]]:
+) -> Generator[tuple[Result, float], None, None]:
     """Yields (result, seconds that the caller waited for it), in the order of `items`.
 
     Args:

@@ -46,7 +46,7 @@ def test_no_more_than_the_depth_is_computed_ahead() -> None:
     assert read == [0, 1, 2, 3]
     next(results)
     assert len(read) == 5
-    results.close()  # type: ignore[attr-defined]
+    results.close()
     assert_that_threads_end()
 
 
