@@ -6,7 +6,7 @@ end of it is usually a microbatch that the objective waits for. It is accepted w
 a threshold that falls to zero (threshold accepting, Dueck and Scheuer 1990: like annealing, without exponentials).
 
 Score: objective + 0.1 × mean compute per rank, in whole numbers, so that padding shrinks where the objective alone
-sees no difference. Exceeded caps go before the score: an excess may only fall.
+sees no difference. Exceeded caps go before the score: an excess may only fall. A negative cap is a floor.
 
 The compiled functions are in one file on purpose: numba's cache on disk looks at a function's own file only, and
 would not notice a change in another file that it was compiled with.
@@ -69,11 +69,17 @@ def _value(v, lm, num_ranks, objective):
 
 
 @njit(cache=True, nogil=True)
+def _beyond(used, cap):
+    """By how much a cap is exceeded; a negative one is a floor: at least -cap."""
+    return max(np.int64(0), used - cap if cap >= 0 else -cap - used)
+
+
+@njit(cache=True, nogil=True)
 def _over(count, sums, largest, caps, padded_caps):
     """How much a microbatch exceeds its caps."""
     total = np.int64(0)
     for k in range(caps.size):
-        total += max(np.int64(0), (count * largest[k] if padded_caps[k] else sums[k]) - caps[k])
+        total += _beyond(count * largest[k] if padded_caps[k] else sums[k], caps[k])
     return total
 
 
@@ -96,7 +102,7 @@ def _group_cost(g, member, count, vision, llm, weights, caps, padded_caps, padde
             w = weights[member[g, x], k]
             used += w
             most = max(most, w)
-        excess += max(np.int64(0), (count[g] * most if padded_caps[k] else used) - caps[k])
+        excess += _beyond(count[g] * most if padded_caps[k] else used, caps[k])
     return v, (count[g] * longest if padded else total), excess
 
 
@@ -139,7 +145,7 @@ def _changed(g, out, inn, member, count, v, lm, top, sums, tops, vision, llm, we
                 used -= weights[out, k]
             if inn >= 0:
                 used += weights[inn, k]
-        excess += max(np.int64(0), used - caps[k])
+        excess += _beyond(used, caps[k])
     return new_v, new_l, excess
 
 
