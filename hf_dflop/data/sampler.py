@@ -38,6 +38,12 @@ LOOK_AHEAD_STEPS = 4
 """Steps that are planned ahead, in a thread, while the loop trains."""
 
 
+_WOULD_HANG = (
+    "would leave the others waiting for ever. Use VisionLanguageCollator(dummy_image=True), a larger global batch, or "
+    "under DDP ddp_find_unused_parameters=True."
+)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Caps:
     """The most that one microbatch may hold; `None` means no cap."""
@@ -115,6 +121,10 @@ class BalancedBatchSampler:
             Tells the stock sampler the epoch before its grouping is read.
         seed (`int`):
             Seeds the search; the same on every rank.
+        spread_images (`bool`):
+            Every microbatch gets a sample with an image, where there are enough and the caps allow it.
+        fill_images (`bool`):
+            Whether the collator adds an image to a microbatch without one. If not, `spread_images` is a must.
         look_ahead_steps (`int`):
             Steps planned ahead in a thread of their own; 0 plans each step when it is asked for. The plans are the
             same.
@@ -136,6 +146,8 @@ class BalancedBatchSampler:
         balance: bool = True,
         set_stock_epoch: Callable[[int], None] | None = None,
         seed: int = 0,
+        spread_images: bool = False,
+        fill_images: bool = False,
         look_ahead_steps: int = LOOK_AHEAD_STEPS,
     ) -> None:
         # No attribute may be called `sampler`: accelerate would reach through it and set the wrong epoch.
@@ -156,6 +168,9 @@ class BalancedBatchSampler:
         self._llm_s = cost_model.llm_s(shapes)
         self._tokens = shapes.llm_tokens
         self._patches = shapes.image_patches
+        self._has_image = shapes.num_images > 0
+        self._spread_images = spread_images
+        self._must_spread = spread_images and not fill_images
         self._plans: OrderedDict[tuple[int, int], StepPlan] = OrderedDict()
         self.epoch = 0
         self.resume_step = 0
@@ -194,6 +209,8 @@ class BalancedBatchSampler:
             self._set_stock_epoch(epoch)
         ranks = self._stock()
         num_steps = -(-len(ranks[self._rank]) // self._num_slots)
+        if self._must_spread:
+            self._check_epoch(ranks, epoch, num_steps)
         first = min(self.resume_step, num_steps)
         for step in range(first):  # thrown away by a resumed run
             yield from (list(microbatch) for microbatch in self._stock_of(ranks, step)[self._rank])
@@ -202,7 +219,10 @@ class BalancedBatchSampler:
             stock = self._stock_of(ranks, step)
             # At an epoch's end with even_batches=False, ranks have different numbers of microbatches: there the stock
             # grouping is the only one that keeps them.
-            return self.plan(stock, epoch, step) if len({len(slots) for slots in stock}) == 1 else None
+            if len({len(slots) for slots in stock}) > 1:
+                self._check_spread(stock, epoch, step)
+                return None
+            return self.plan(stock, epoch, step)
 
         steps = range(first, num_steps)
         with contextlib.closing(look_ahead(plan, steps, depth=self._look_ahead_steps)) as plans:
@@ -220,6 +240,10 @@ class BalancedBatchSampler:
         begin = step * self._num_slots
         return [slots[begin : begin + self._num_slots] for slots in ranks]
 
+    def has_image(self, plan: StepPlan) -> bool:
+        """Whether any sample of the step has an image."""
+        return bool(self._has_image[plan.indices].any())
+
     def warm_up(self) -> None:
         """Compile what planning needs, before the first step."""
         warm_up(objective=self.objective, padded=self._padded)
@@ -231,6 +255,9 @@ class BalancedBatchSampler:
         positions = iter(range(indices.size))
         baseline = [[[next(positions) for _ in group] for group in slots] for slots in stock]
         assignment = self._assign(indices, baseline, epoch, step)
+        if self._must_spread and not assignment.is_spread:
+            groups = [group for slots in assignment.groups for group in slots]
+            self._check_spread([[indices[group].tolist() for group in groups]], epoch, step)
         return StepPlan(
             epoch=epoch,
             step=step,
@@ -255,7 +282,27 @@ class BalancedBatchSampler:
                 max_tokens=self._caps.max_tokens,
                 patches=self._patches[indices],
                 max_patches=self._caps.max_patches,
+                spread=self._has_image[indices] if self._spread_images else None,
                 seed=(self._seed * 1_000_003 + epoch * 8_191 + step) % 2**31,
             )
         except BalanceError as error:
             raise BalanceError(f"epoch {epoch}, step {step}, samples {indices.tolist()[:16]}...: {error}") from error
+
+    def _check_epoch(self, ranks: Sequence[Microbatches], epoch: int, num_steps: int) -> None:
+        """Raise before the epoch begins, rather than at the step that has too few images."""
+        for step in range(self.resume_step, num_steps):
+            groups = [group for slots in self._stock_of(ranks, step) for group in slots]
+            num_images = sum(int(self._has_image[list(group)].sum()) for group in groups)
+            if num_images < len(groups):
+                raise BalanceError(
+                    f"epoch {epoch}, step {step} has {num_images} samples with an image for {len(groups)} "
+                    f"microbatches: a rank without one {_WOULD_HANG}"
+                )
+
+    def _check_spread(self, stock: list[Microbatches], epoch: int, step: int) -> None:
+        bare = next((group for slots in stock for group in slots if not self._has_image[list(group)].any()), None)
+        if self._must_spread and bare is not None:
+            raise BalanceError(
+                f"epoch {epoch}, step {step}: the microbatch of samples {list(bare)[:16]} has no image, and nothing "
+                f"else fits into the caps or the end of the epoch; its rank {_WOULD_HANG}"
+            )

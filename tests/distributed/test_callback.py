@@ -1,5 +1,7 @@
 """The callback in a stock Trainer, on one and two processes."""
 
+from pathlib import Path
+
 import pytest
 
 from tests.distributed.launch import launch
@@ -25,3 +27,10 @@ def test_every_cut_of_an_epoch_keeps_the_samples_of_a_step(num_processes: int) -
 def test_trl_sft_trainer_takes_the_same_steps() -> None:
     output = launch("tests.distributed.scripts.sft", num_processes=2)
     assert output.count("sft relative difference") == 2
+
+
+def test_microbatches_without_images_neither_hang_nor_change_the_steps(tmp_path: Path) -> None:
+    script = "tests.distributed.scripts.image_free"
+    launch(script, "save", str(tmp_path / "stock.pt"), num_processes=1, timeout_s=120)
+    output = launch(script, "compare", str(tmp_path / "stock.pt"), num_processes=2, timeout_s=120)
+    assert output.count("image free: ") == 2 * 8

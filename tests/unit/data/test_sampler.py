@@ -121,3 +121,26 @@ for padded in (False, True):
     assert compiled() == before, (padded, before, compiled())
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_images_are_spread_over_all_microbatches() -> None:
+    def bare(**kwargs: Any) -> int:
+        sampler = build(640, 64, **kwargs)
+        sampler._has_image = np.arange(640) % 7 == 0  # 9 or 10 of the 64 samples of a step, for 8 microbatches
+        return sum(not sampler._has_image[batch].any() for batch in sampler)
+
+    assert bare() > 0
+    assert bare(spread_images=True) == bare(spread_images=True, fill_images=True) == 0
+
+
+def test_too_few_images_are_refused_before_the_epoch_unless_they_are_filled_in() -> None:
+    sampler = build(640, 64, spread_images=True)
+    sampler._has_image[3 * 64 + 7 : 4 * 64] = False  # of step 3, at most 7 samples keep an image, for 8 microbatches
+    with pytest.raises(BalanceError, match=r"epoch 0, step 3 has \d samples with an image for 8 microbatches.*dummy_"):
+        next(iter(sampler))
+    filled = build(640, 64, spread_images=True, fill_images=True)
+    filled._has_image[3 * 64 + 7 : 4 * 64] = False
+    assert len(list(filled)) == len(filled)
+    plan = filled.plan_of(0, 3)
+    assert plan.assignment.is_spread is False
+    assert filled.has_image(plan)
