@@ -60,8 +60,8 @@ class DflopCallback(TrainerCallback):
     | `dflop/busy_s_max`, `dflop/busy_s_mean` | measured: the slowest and the mean rank |
     | `dflop/slowest_rank` | measured: the rank that computed longest |
 
-    Where a rank that has no image would leave the others waiting for ever (FSDP, ZeRO, DDP that does not look for unused
-    parameters), every microbatch is given a sample with an image. Where the steps have too few of those, use
+    Where a rank without an image would leave the others waiting for ever (FSDP, ZeRO, DDP that does not look for
+    unused parameters), every microbatch is given a sample with one. Where steps have too few of those, use
     `VisionLanguageCollator(dummy_image=True)`.
 
     All values are means over the steps since the last record. Measured idle time needs ranks that meet once per step

@@ -123,9 +123,9 @@ def check_images_and_collectives(
     """
     without = int((shapes.num_images == 0).sum())
     wrapped = trainer.model_wrapped
-    if trainer.args.world_size == 1 or without in (0, len(shapes)):
+    if without in (0, len(shapes)):
         return False
-    if isinstance(wrapped, torch.nn.parallel.DistributedDataParallel):
+    if isinstance(wrapped, torch.nn.parallel.DistributedDataParallel):  # with one rank it fails instead of waiting
         if wrapped.find_unused_parameters or not is_image_parameter_trained(trainer):
             return False
         what = "never uses the vision encoder, and DDP with find_unused_parameters=False then waits for ever"
@@ -133,7 +133,7 @@ def check_images_and_collectives(
             " or set ddp_find_unused_parameters=True (with gradient_checkpointing_kwargs={'use_reentrant': False} if "
             "you use gradient checkpointing)"
         )
-    elif trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+    elif trainer.args.world_size > 1 and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         what = "skips the collectives of the vision encoder that the others run, and all wait for ever"
         remedy = " train on the samples with images, or use DDP"
     else:
