@@ -11,6 +11,7 @@ Assumptions: every rank sees the same stock grouping (Trainer seeds its samplers
 """
 
 import contextlib
+import itertools
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -292,7 +293,7 @@ class BalancedBatchSampler:
         """Raise before the epoch begins, rather than at the step that has too few images."""
         for step in range(self.resume_step, num_steps):
             groups = [group for slots in self._stock_of(ranks, step) for group in slots]
-            num_images = sum(int(self._has_image[list(group)].sum()) for group in groups)
+            num_images = int(self._has_image[list(itertools.chain.from_iterable(groups))].sum())
             if num_images < len(groups):
                 raise BalanceError(
                     f"epoch {epoch}, step {step} has {num_images} samples with an image for {len(groups)} "

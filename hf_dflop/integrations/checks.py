@@ -215,13 +215,13 @@ def check_samples(dataloader: Any, shapes: Shapes, image_token_id: int | None, c
             _compare(batch, shapes, index, image_token_id)
         # Two samples of different length tell a padding collator from one that joins them.
         pair = collate([dataset[index] for index in picked[:2]]) if len(picked) > 1 else batch
-        pair = _without_dummy(pair, len(picked[:2]), image_token_id) if "input_ids" in pair else pair
     if "labels" not in pair:
         raise TrainerError(
             f"the collator gives {sorted(pair)} and no 'labels', so the label tokens of a step cannot be counted "
             "and its loss would depend on the grouping. Return labels from the data collator."
         )
-    return bool(pair["input_ids"].shape[0] == min(2, len(picked)))
+    rows = _without_dummy(pair, len(picked[:2]), image_token_id)["input_ids"]
+    return bool(rows.shape[0] == min(2, len(picked)))
 
 
 def _compare(batch: Any, shapes: Shapes, index: int, image_token_id: int | None) -> None:

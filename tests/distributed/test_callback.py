@@ -42,3 +42,10 @@ def test_microbatches_without_images_neither_hang_nor_change_the_steps(tmp_path:
     )  # fmt: skip
     output = launch(script, "compare", str(tmp_path / "stock.pt"), num_processes=2, timeout_s=120)
     assert output.count("image free: ") == 2 * 8
+
+
+def test_a_dummy_image_keeps_sharded_ranks_together() -> None:
+    script = "tests.distributed.scripts.sharded"
+    assert launch(script, num_processes=2, timeout_s=60).count("sharded: ") == 2
+    with pytest.raises(AssertionError, match=r"failed|hung"):  # the danger is real
+        launch(script, "bare", num_processes=2, timeout_s=60)

@@ -117,7 +117,8 @@ for padded in (False, True):
         stock = [np.array_split(part, slots) for part in np.array_split(np.arange(n), ranks)]
         for cap in (None, n * int(counts.max())):
             assign(vision, llm, num_ranks=ranks, num_slots=slots, objective="step", padded=padded, baseline=stock,
-                   tokens=counts, max_tokens=cap, patches=counts, max_patches=cap)
+                   tokens=counts, max_tokens=cap, patches=counts, max_patches=cap,
+                   spread=np.arange(n) % 3 < 2)
     assert compiled() == before, (padded, before, compiled())
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
