@@ -10,6 +10,7 @@ from hf_dflop.balance.bound import lower_bound
 from hf_dflop.balance.exact import exact_partition
 from hf_dflop.balance.objective import OBJECTIVES
 from hf_dflop.balance.partition import Partition, partition
+from hf_dflop.balance.warmup import warm_up
 
 __all__ = [
     "OBJECTIVES",
@@ -19,4 +20,5 @@ __all__ = [
     "exact_partition",
     "lower_bound",
     "partition",
+    "warm_up",
 ]

@@ -12,6 +12,7 @@ when packed, and number of samples × largest when padded: the longest sample is
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +22,7 @@ from hf_dflop.balance.assignment import Assignment, Groups
 from hf_dflop.balance.nesting import flat_groups, nested_groups
 from hf_dflop.balance.problem import Problem, checked_problem
 from hf_dflop.balance.seed import seed_state
+from hf_dflop.balance.spread import spread_out
 from hf_dflop.balance.step_bound import step_bound_ticks
 from hf_dflop.balance.ticks import to_seconds
 from hf_dflop.errors import BalanceError
@@ -51,6 +53,7 @@ def assign(
     max_tokens: int | None = None,
     patches: Any = None,
     max_patches: int | None = None,
+    spread: Any = None,
     seed: int = 0,
     proposals: int | None = None,
 ) -> Assignment:
@@ -73,6 +76,10 @@ def assign(
             Cap per microbatch on the sum of tokens, or on number of samples × longest when padded. Never exceeded.
         patches (`npt.ArrayLike`, *optional*): `(num_samples,)`, patches of each sample.
         max_patches (`int`, *optional*): cap per microbatch on the sum of patches. Never exceeded.
+        spread (`npt.ArrayLike`, *optional*):
+            `(num_samples,)` booleans, such as "has an image": every microbatch gets at least one such sample, so that
+            all ranks run the same modules. Left out of account where the step has fewer of them than microbatches,
+            or where the caps leave no room for it; `Assignment.is_spread` tells.
         seed (`int`, *optional*, defaults to 0): seed of the search, such as the step's number.
         proposals (`int`, *optional*): changes that the search tries at most; by default it grows with the samples.
 
@@ -103,12 +110,17 @@ def assign(
         max_tokens=max_tokens,
         patches=patches,
         max_patches=max_patches,
+        spread=spread,
     )
     bound = step_bound_ticks(problem)
     limit = min(PROPOSALS_PER_SAMPLE * problem.num_samples, MAX_PROPOSALS) if proposals is None else proposals
     stock = None if baseline is None else flat_groups(baseline, problem)
     group = _solve(problem, stock, bound, limit, seed)
     measured = _measure(problem, group)
+    if measured.excess and problem.is_spread is not None:  # the caps go first
+        problem = replace(problem, is_spread=None)
+        group = _solve(problem, stock, bound, limit, seed)
+        measured = _measure(problem, group)
     groups: Groups = nested_groups(problem, group)
     kept = False
     baseline_s = baseline_imbalance = float("nan")
@@ -134,7 +146,12 @@ def assign(
         imbalance=_imbalance(problem, measured),
         baseline_imbalance=baseline_imbalance,
         is_baseline=kept,
+        is_spread=None if spread is None else _is_spread(spread, group, problem.num_groups),
     )
+
+
+def _is_spread(spread: Any, group: npt.NDArray[np.int64], num_groups: int) -> bool:
+    return bool(np.bincount(group[np.asarray(spread)], minlength=num_groups).all())
 
 
 class _Measure(NamedTuple):
@@ -155,7 +172,9 @@ def _solve(
     from hf_dflop.balance.search import search
     from hf_dflop.balance.starts import spread_slots, starts
 
-    candidates = starts(problem, seed) + ([] if stock is None else [stock])
+    candidates = [*starts(problem, seed), *([] if stock is None else [stock])]
+    candidates = [spread_out(problem, candidate) for candidate in candidates]
+    weights, caps, padded_caps = problem.limits
     target = int(bound * GOOD_ENOUGH)
     group = min(candidates, key=lambda candidate: _score(problem, candidate))
     score = _score(problem, group)
@@ -171,9 +190,9 @@ def _solve(
             problem.num_ranks,
             problem.vision,
             problem.llm,
-            problem.weights,
-            problem.caps,
-            problem.padded_caps,
+            weights,
+            caps,
+            padded_caps,
             problem.padded,
             problem.code,
             target,
@@ -187,9 +206,10 @@ def _solve(
             group, score = found, found_score
     if problem.objective == "step" and not problem.padded and problem.num_slots > 1:
         rank = group % problem.num_ranks  # the objective does not see how a rank's samples are spread: memory does
-        spread = spread_slots(problem, rank)
-        if not _measure(problem, spread).excess:
-            group = spread
+        even = spread_out(problem, spread_slots(problem, rank))
+        measured = _measure(problem, even)
+        if not measured.excess and measured.value <= _measure(problem, group).value:
+            group = even
     return group
 
 
@@ -208,9 +228,7 @@ def _measure(problem: Problem, group: npt.NDArray[np.int64]) -> _Measure:
         problem.num_ranks,
         problem.vision,
         problem.llm,
-        problem.weights,
-        problem.caps,
-        problem.padded_caps,
+        *problem.limits,
         problem.padded,
         problem.code,
     )

@@ -36,6 +36,8 @@ class Assignment:
     """The same of the baseline; nan without a baseline."""
     is_baseline: bool = False
     """Whether the baseline was kept because nothing better was found."""
+    is_spread: bool | None = None
+    """Whether every microbatch has a sample that was to be spread; None when nothing was to be."""
 
     @property
     def gap(self) -> float:

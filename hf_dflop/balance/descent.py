@@ -18,7 +18,7 @@ from numba import njit
 __all__ = ["improve"]
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _next(state):
     """A pseudo-random whole number in [0, 2**31); `state` (1,) uint64 is advanced (xorshift64)."""
     x = state[0]
@@ -29,7 +29,7 @@ def _next(state):
     return np.int64(x >> np.uint64(33))
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _excess(b, used, caps):
     total = np.int64(0)
     for k in range(caps.size):
@@ -37,7 +37,7 @@ def _excess(b, used, caps):
     return total
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _transfer(sample, b, bucket, costs, weights, load, used, member, count, where):
     """Move `sample` from its bucket to bucket `b`."""
     a = bucket[sample]
@@ -57,7 +57,7 @@ def _transfer(sample, b, bucket, costs, weights, load, used, member, count, wher
         used[b, k] += weights[sample, k]
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _best_step(w, t, costs, inverse, weights, caps, load, used, member, count, limit_excess, limit):
     """Best move (j = -1) or swap between buckets w and t that beats (limit_excess, limit).
 
@@ -98,7 +98,7 @@ def _best_step(w, t, costs, inverse, weights, caps, load, used, member, count, l
     return best_i, best_j
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _worst(load, used, inverse, caps):
     """The worst bucket, the total excess over caps and the largest load."""
     worst = 0
@@ -123,7 +123,7 @@ def _worst(load, used, inverse, caps):
     return (worst_over if total > 0 else worst), total, peak
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def improve(bucket, costs, inverse, weights, caps, target, kicks, work, seed):
     """Improve `bucket` (num_samples,) in place; returns (total excess over caps, largest load, work done).
 

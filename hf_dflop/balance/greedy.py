@@ -32,7 +32,7 @@ def lpt_orders(ticks: npt.NDArray[np.int64]) -> list[npt.NDArray[np.int64]]:
     return orders
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def vector_lpt(order, costs, inverse_speed, weights, caps):
     """Bucket of each sample, `(num_samples,)` int64.
 

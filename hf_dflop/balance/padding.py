@@ -18,7 +18,7 @@ from numba import njit
 __all__ = ["even_runs", "least_padding"]
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def least_padding(length, num_groups):
     """Group of each sample for the least sum of count × longest, and that sum.
 
@@ -62,7 +62,7 @@ def least_padding(length, num_groups):
     return group, cost[n]
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _fill(length, vision, weights, caps, padded_caps, limit, num_groups, group):
     """Fill runs up to `limit` each; returns the number of runs, or num_groups + 1 when they are too many."""
     used = np.zeros(caps.size, dtype=np.int64)
@@ -93,7 +93,7 @@ def _fill(length, vision, weights, caps, padded_caps, limit, num_groups, group):
     return current + 1
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def even_runs(length, vision, weights, caps, padded_caps, num_groups):
     """Runs of the order by length whose most expensive one is cheapest, within the caps where runs can be.
 

@@ -32,6 +32,8 @@ class Problem:
     """`(k,)`: whether the count is number of samples × largest (padded tokens) and not the sum."""
     cap_names: tuple[str, ...]
     """Names of the `k` counts, for messages."""
+    is_spread: npt.NDArray[np.bool_] | None
+    """`(num_samples,)`: samples of which every group needs one; None: no such samples, or too few of them."""
     memory: npt.NDArray[np.int64]
     """`(num_samples, 2)`: what activations grow with (tokens and patches, or the ticks where not given)."""
     num_ranks: int
@@ -48,6 +50,14 @@ class Problem:
     @property
     def num_groups(self) -> int:
         return self.num_ranks * self.num_slots
+
+    @property
+    def limits(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+        """Weights, caps and padded caps as the search reads them: what is to be spread is a cap of -1, a floor."""
+        if self.is_spread is None:
+            return self.weights, self.caps, self.padded_caps
+        weights = np.concatenate([self.weights, self.is_spread[:, None].astype(np.int64)], axis=1)
+        return weights, np.append(self.caps, -1), np.append(self.padded_caps, False)
 
     def group_costs(self, group: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Vision and LLM ticks of each group, `(num_groups,)` each; `group` is the group of each sample."""
@@ -74,6 +84,7 @@ def checked_problem(
     max_tokens: int | None,
     patches: Any,
     max_patches: int | None,
+    spread: Any,
 ) -> Problem:
     """Check the arguments of `assign` and turn seconds into ticks; raises as `assign` does."""
     code = objective_code(objective)
@@ -124,6 +135,7 @@ def checked_problem(
         caps=np.array(caps, dtype=np.int64),
         padded_caps=np.array([padded and name == "tokens" for name in names], dtype=np.bool_),
         cap_names=tuple(names),
+        is_spread=_checked_spread(spread, n, num_ranks * num_slots),
         memory=memory,
         num_ranks=int(num_ranks),
         num_slots=int(num_slots),
@@ -131,3 +143,14 @@ def checked_problem(
         objective=objective,
         code=code,
     )
+
+
+def _checked_spread(spread: Any, num_samples: int, num_groups: int) -> npt.NDArray[np.bool_] | None:
+    if spread is None:
+        return None
+    mask = np.asarray(spread)
+    if mask.shape != (num_samples,) or mask.dtype != np.bool_:
+        raise BalanceError(
+            f"spread has shape {mask.shape} and dtype {mask.dtype}; expected ({num_samples},) booleans, one per sample"
+        )
+    return mask if int(mask.sum()) >= num_groups else None

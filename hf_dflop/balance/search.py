@@ -6,7 +6,7 @@ end of it is usually a microbatch that the objective waits for. It is accepted w
 a threshold that falls to zero (threshold accepting, Dueck and Scheuer 1990: like annealing, without exponentials).
 
 Score: objective + 0.1 × mean compute per rank, in whole numbers, so that padding shrinks where the objective alone
-sees no difference. Exceeded caps go before the score: an excess may only fall.
+sees no difference. Exceeded caps go before the score: an excess may only fall. A negative cap is a floor.
 
 The compiled functions are in one file on purpose: numba's cache on disk looks at a function's own file only, and
 would not notice a change in another file that it was compiled with.
@@ -25,7 +25,7 @@ __all__ = ["evaluate", "search"]
 STEP, SLOT, STAGE, PIPELINE = 0, 1, 2, 3  # the order of objective.OBJECTIVES
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _next(state):
     """A pseudo-random whole number in [0, 2**31); `state` (1,) uint64 is advanced (xorshift64)."""
     x = state[0]
@@ -36,7 +36,7 @@ def _next(state):
     return np.int64(x >> np.uint64(33))
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _slot_cost(s, v, lm, num_ranks, objective):
     most = np.int64(0)
     most_v = np.int64(0)
@@ -49,7 +49,7 @@ def _slot_cost(s, v, lm, num_ranks, objective):
     return most + most_v
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _value(v, lm, num_ranks, objective):
     """Objective of the microbatch costs `v`, `lm` (num_groups,)."""
     value = np.int64(0)
@@ -68,16 +68,22 @@ def _value(v, lm, num_ranks, objective):
     return value
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
+def _beyond(used, cap):
+    """By how much a cap is exceeded; a negative one is a floor: at least -cap."""
+    return max(np.int64(0), used - cap if cap >= 0 else -cap - used)
+
+
+@njit(cache=True, nogil=True)
 def _over(count, sums, largest, caps, padded_caps):
     """How much a microbatch exceeds its caps."""
     total = np.int64(0)
     for k in range(caps.size):
-        total += max(np.int64(0), (count * largest[k] if padded_caps[k] else sums[k]) - caps[k])
+        total += _beyond(count * largest[k] if padded_caps[k] else sums[k], caps[k])
     return total
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _group_cost(g, member, count, vision, llm, weights, caps, padded_caps, padded):
     """(vision, LLM, excess over caps) of group g, from its members."""
     v = np.int64(0)
@@ -96,11 +102,11 @@ def _group_cost(g, member, count, vision, llm, weights, caps, padded_caps, padde
             w = weights[member[g, x], k]
             used += w
             most = max(most, w)
-        excess += max(np.int64(0), (count[g] * most if padded_caps[k] else used) - caps[k])
+        excess += _beyond(count[g] * most if padded_caps[k] else used, caps[k])
     return v, (count[g] * longest if padded else total), excess
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _changed(g, out, inn, member, count, v, lm, top, sums, tops, vision, llm, weights, caps, padded_caps, padded):
     """(vision, LLM, excess) of group g without sample `out` and with `inn` (-1: none)."""
     new_v = v[g]
@@ -139,11 +145,11 @@ def _changed(g, out, inn, member, count, v, lm, top, sums, tops, vision, llm, we
                 used -= weights[out, k]
             if inn >= 0:
                 used += weights[inn, k]
-        excess += max(np.int64(0), used - caps[k])
+        excess += _beyond(used, caps[k])
     return new_v, new_l, excess
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _rescan(g, member, count, top, sums, tops, llm, weights):
     """Recompute the two largest lengths and weights of group g, and its sums of weights."""
     top[g, 0] = 0
@@ -169,7 +175,7 @@ def _rescan(g, member, count, top, sums, tops, llm, weights):
                 tops[g, k, 1] = value
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _slowest(v, lm, num_ranks, objective, random):
     """A group that the objective waits for."""
     num_groups = v.size
@@ -205,7 +211,7 @@ def _slowest(v, lm, num_ranks, objective, random):
     return found
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def evaluate(group, num_groups, num_ranks, vision, llm, weights, caps, padded_caps, padded, objective):
     """(excess over caps, objective, total compute) of a grouping."""
     v = np.zeros(num_groups, dtype=np.int64)
@@ -231,7 +237,7 @@ def evaluate(group, num_groups, num_ranks, vision, llm, weights, caps, padded_ca
     return excess, _value(v, lm, num_ranks, objective), v.sum() + lm.sum()
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def search(
     group,
     num_groups,

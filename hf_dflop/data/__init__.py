@@ -5,6 +5,7 @@ packed.py         rows → one row without padding
 structure.py      what of a model decides how samples can share a row
 packing_check.py  does a model give joined samples the logits that they have alone?
 sampler.py        stock grouping and shapes → the index lists of this rank
+lookahead.py      the next results, computed in a thread
 """
 
 from hf_dflop.data.collate import VisionLanguageCollator

@@ -1,17 +1,25 @@
 """Dataset rows → a microbatch, and a check that each sample is as long as its shape columns say.
 
 Input: rows as the dataset gives them, images decoded or not. Output: the tensors of `rows.encode`, padded on the
-right. A microbatch without images has no pixel keys.
+right. A microbatch without images has no pixel keys, or with `dummy_image` those of one tiny image that nothing is
+learned from.
+
+Assumptions: what a row without any label contributes to the gradient is zero times something finite, so exactly
+zero. That holds for losses over label tokens, and not for what sees all positions (a router's balancing loss).
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from hf_dflop.errors import ShapeMismatchError
-from hf_dflop.rows import Layout, Renderer, detect_layout, encode, read_row
+from hf_dflop.rows import Layout, Renderer, Row, detect_layout, encode, read_row
+from hf_dflop.rows.encode import IGNORE
 from hf_dflop.shapes import COLUMN_PREFIX
 
 __all__ = ["VisionLanguageCollator"]
+
+_DUMMY_SIDE = 28
+"""Pixels; processors of a fixed resolution make it as large as every other image."""
 
 
 class VisionLanguageCollator:
@@ -26,6 +34,11 @@ class VisionLanguageCollator:
         labels (`str`, defaults to `"assistant"`): what is learned: "assistant" turns, or "all" text.
         max_length (`int`, *optional*): samples are cut to this many tokens; a cut through an image is an error.
         pad_to_multiple_of (`int`, *optional*): pad the length of the microbatch to a multiple of it.
+        dummy_image (`bool`, defaults to `False`):
+            Give a microbatch without images one more row, the last: a tiny image, with labels of -100 throughout. Its
+            gradient is exactly zero, and no rank leaves out the vision encoder while others wait there for it (FSDP,
+            ZeRO, or DDP that does not look for unused parameters). The row is not counted among the caps of
+            balancing. For training only.
 
     Example:
         >>> collate = VisionLanguageCollator(processor)                                 # doctest: +SKIP
@@ -42,12 +55,14 @@ class VisionLanguageCollator:
         labels: str = "assistant",
         max_length: int | None = None,
         pad_to_multiple_of: int | None = None,
+        dummy_image: bool = False,
     ) -> None:
         self.processor = processor
         self.layout = layout
         self.image_column = image_column
         self.max_length = max_length
         self.pad_to_multiple_of = pad_to_multiple_of
+        self.dummy_image = dummy_image
         self.renderer = Renderer(processor, labels)
         self._detected: tuple[frozenset[str], Layout] | None = None
 
@@ -59,14 +74,17 @@ class VisionLanguageCollator:
             ShapeMismatchError: a sample differs from its shape columns.
         """
         read = [read_row(row, self._layout_of(row), index=position) for position, row in enumerate(rows)]
+        add_dummy = self.dummy_image and bool(read) and not any(row.images for row in read)
         batch = encode(
             self.processor,
-            read,
+            [*read, _dummy_row()] if add_dummy else read,
             labels=self.renderer.labels,
             max_length=self.max_length,
             pad_to_multiple_of=self.pad_to_multiple_of,
             renderer=self.renderer,
         )
+        if add_dummy:
+            batch["labels"][-1] = IGNORE
         self._check(rows, batch)
         return batch
 
@@ -87,10 +105,17 @@ class VisionLanguageCollator:
         }
         for name, counts in found.items():
             column = COLUMN_PREFIX + name
-            for position, (row, count) in enumerate(zip(rows, counts, strict=True)):
+            for position, (row, count) in enumerate(zip(rows, counts, strict=False)):  # a dummy row has no columns
                 if column in row and int(row[column]) != count:
                     raise ShapeMismatchError(
                         f"row {position} of the microbatch has {count} {name.replace('_', ' ')}, but its column "
                         f"{column} says {int(row[column])}: the dataset was annotated with another processor, label "
                         "policy or max_length. Profile it with this collator's own settings"
                     )
+
+
+def _dummy_row() -> Row:
+    from PIL import Image
+
+    turn = {"role": "user", "content": [{"type": "image"}]}
+    return Row(messages=[turn], images=[Image.new("RGB", (_DUMMY_SIDE, _DUMMY_SIDE), (128, 128, 128))])

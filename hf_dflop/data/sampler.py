@@ -10,17 +10,20 @@ alike, without communication.
 Assumptions: every rank sees the same stock grouping (Trainer seeds its samplers alike on all ranks).
 """
 
+import contextlib
+import itertools
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from hf_dflop.balance import Assignment, assign
+from hf_dflop.balance import Assignment, assign, warm_up
 from hf_dflop.cost import CostModel
+from hf_dflop.data.lookahead import look_ahead
 from hf_dflop.errors import BalanceError
 from hf_dflop.shapes import Shapes
 
@@ -31,6 +34,15 @@ Microbatches = Sequence[Sequence[int]]
 
 _REMEMBERED_STEPS = 1024
 """Plans kept for the log: more than the steps that loader workers can run ahead of the training loop."""
+
+LOOK_AHEAD_STEPS = 4
+"""Steps that are planned ahead, in a thread, while the loop trains."""
+
+
+_WOULD_HANG = (
+    "would leave the others waiting for ever. Use VisionLanguageCollator(dummy_image=True), a larger global batch, or "
+    "under DDP ddp_find_unused_parameters=True."
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,6 +70,9 @@ class StepPlan:
     balanced: bool
     """Whether the assignment is what runs; `False` keeps the stock grouping."""
     scheduling_s: float
+    """Seconds that making this plan took."""
+    scheduling_wait_s: float = 0.0
+    """Seconds of them (and of the plans before it) that the loop had to wait."""
 
     def microbatches(self, rank: int) -> list[list[int]]:
         """The dataset indices that `rank` loads, one list per slot."""
@@ -107,6 +122,13 @@ class BalancedBatchSampler:
             Tells the stock sampler the epoch before its grouping is read.
         seed (`int`):
             Seeds the search; the same on every rank.
+        spread_images (`bool`):
+            Every microbatch gets a sample with an image, where there are enough and the caps allow it.
+        fill_images (`bool`):
+            Whether the collator adds an image to a microbatch without one. If not, `spread_images` is a must.
+        look_ahead_steps (`int`):
+            Steps planned ahead in a thread of their own; 0 plans each step when it is asked for. The plans are the
+            same.
     """
 
     def __init__(
@@ -125,6 +147,9 @@ class BalancedBatchSampler:
         balance: bool = True,
         set_stock_epoch: Callable[[int], None] | None = None,
         seed: int = 0,
+        spread_images: bool = False,
+        fill_images: bool = False,
+        look_ahead_steps: int = LOOK_AHEAD_STEPS,
     ) -> None:
         # No attribute may be called `sampler`: accelerate would reach through it and set the wrong epoch.
         self._stock = stock
@@ -138,11 +163,15 @@ class BalancedBatchSampler:
         self._caps = caps
         self._balance = balance
         self._seed = seed
+        self._look_ahead_steps = look_ahead_steps
         self._per_microbatch_s = cost_model.per_microbatch_s
         self._vision_s = cost_model.vision_s(shapes)
         self._llm_s = cost_model.llm_s(shapes)
         self._tokens = shapes.llm_tokens
         self._patches = shapes.image_patches
+        self._has_image = shapes.num_images > 0
+        self._spread_images = spread_images
+        self._must_spread = spread_images and not fill_images
         self._plans: OrderedDict[tuple[int, int], StepPlan] = OrderedDict()
         self.epoch = 0
         self.resume_step = 0
@@ -180,19 +209,45 @@ class BalancedBatchSampler:
         if self._set_stock_epoch is not None:
             self._set_stock_epoch(epoch)
         ranks = self._stock()
-        for start in range(0, len(ranks[self._rank]), self._num_slots):
-            step = start // self._num_slots
-            stock = [slots[start : start + self._num_slots] for slots in ranks]
-            if step < self.resume_step or len({len(slots) for slots in stock}) > 1:
-                # Either thrown away by a resumed run, or (even_batches=False) an epoch's end at which the ranks have
-                # different numbers of microbatches: there the stock grouping is the only one that keeps them.
-                yield from (list(microbatch) for microbatch in stock[self._rank])
-                continue
-            plan = self.plan(stock, epoch, step)
-            self._plans[epoch, step] = plan
-            if len(self._plans) > _REMEMBERED_STEPS:
-                self._plans.popitem(last=False)
-            yield from plan.microbatches(self._rank)
+        num_steps = -(-len(ranks[self._rank]) // self._num_slots)
+        if self._must_spread:
+            self._check_epoch(ranks, epoch, num_steps)
+        first = min(self.resume_step, num_steps)
+        for step in range(first):  # thrown away by a resumed run
+            yield from (list(microbatch) for microbatch in self._stock_of(ranks, step)[self._rank])
+
+        def plan(step: int) -> StepPlan | None:
+            stock = self._stock_of(ranks, step)
+            # At an epoch's end with even_batches=False, ranks have different numbers of microbatches: there the stock
+            # grouping is the only one that keeps them.
+            if len({len(slots) for slots in stock}) > 1:
+                self._check_spread(stock, epoch, step)
+                return None
+            return self.plan(stock, epoch, step)
+
+        steps = range(first, num_steps)
+        with contextlib.closing(look_ahead(plan, steps, depth=self._look_ahead_steps)) as plans:
+            for step, (made, wait_s) in zip(steps, plans, strict=True):
+                if made is None:
+                    yield from (list(microbatch) for microbatch in self._stock_of(ranks, step)[self._rank])
+                    continue
+                self._plans[epoch, step] = replace(made, scheduling_wait_s=wait_s)
+                if len(self._plans) > _REMEMBERED_STEPS:
+                    self._plans.popitem(last=False)
+                yield from made.microbatches(self._rank)
+
+    def _stock_of(self, ranks: Sequence[Microbatches], step: int) -> list[Microbatches]:
+        """The stock microbatches of one step, rank by rank."""
+        begin = step * self._num_slots
+        return [slots[begin : begin + self._num_slots] for slots in ranks]
+
+    def has_image(self, plan: StepPlan) -> bool:
+        """Whether any sample of the step has an image."""
+        return bool(self._has_image[plan.indices].any())
+
+    def warm_up(self) -> None:
+        """Compile what planning needs, before the first step."""
+        warm_up(objective=self.objective, padded=self._padded)
 
     def plan(self, stock: list[Microbatches], epoch: int, step: int) -> StepPlan:
         """Group the samples of one step; `stock` has, for each rank, its stock microbatches."""
@@ -201,6 +256,9 @@ class BalancedBatchSampler:
         positions = iter(range(indices.size))
         baseline = [[[next(positions) for _ in group] for group in slots] for slots in stock]
         assignment = self._assign(indices, baseline, epoch, step)
+        if self._must_spread and not assignment.is_spread:
+            groups = [group for slots in assignment.groups for group in slots]
+            self._check_spread([[indices[group].tolist() for group in groups]], epoch, step)
         return StepPlan(
             epoch=epoch,
             step=step,
@@ -225,7 +283,27 @@ class BalancedBatchSampler:
                 max_tokens=self._caps.max_tokens,
                 patches=self._patches[indices],
                 max_patches=self._caps.max_patches,
+                spread=self._has_image[indices] if self._spread_images else None,
                 seed=(self._seed * 1_000_003 + epoch * 8_191 + step) % 2**31,
             )
         except BalanceError as error:
             raise BalanceError(f"epoch {epoch}, step {step}, samples {indices.tolist()[:16]}...: {error}") from error
+
+    def _check_epoch(self, ranks: Sequence[Microbatches], epoch: int, num_steps: int) -> None:
+        """Raise before the epoch begins, rather than at the step that has too few images."""
+        for step in range(self.resume_step, num_steps):
+            groups = [group for slots in self._stock_of(ranks, step) for group in slots]
+            num_images = int(self._has_image[list(itertools.chain.from_iterable(groups))].sum())
+            if num_images < len(groups):
+                raise BalanceError(
+                    f"epoch {epoch}, step {step} has {num_images} samples with an image for {len(groups)} "
+                    f"microbatches: a rank without one {_WOULD_HANG}"
+                )
+
+    def _check_spread(self, stock: list[Microbatches], epoch: int, step: int) -> None:
+        bare = next((group for slots in stock for group in slots if not self._has_image[list(group)].any()), None)
+        if self._must_spread and bare is not None:
+            raise BalanceError(
+                f"epoch {epoch}, step {step}: the microbatch of samples {list(bare)[:16]} has no image, and nothing "
+                f"else fits into the caps or the end of the epoch; its rank {_WOULD_HANG}"
+            )

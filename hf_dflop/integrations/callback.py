@@ -16,6 +16,7 @@ from hf_dflop.cost import CostModel, ModelSpec
 from hf_dflop.data.sampler import BalancedBatchSampler, Caps, StepPlan, stock_caps
 from hf_dflop.errors import DatasetError, TrainerError
 from hf_dflop.integrations.checks import (
+    adds_dummy_images,
     check_exactness,
     check_gradients_are_shared,
     check_images_and_collectives,
@@ -23,7 +24,7 @@ from hf_dflop.integrations.checks import (
     check_processor,
     check_samples,
 )
-from hf_dflop.integrations.describe import choose_objective, describe_training
+from hf_dflop.integrations.describe import choose_objective, describe_training, image_parameters
 from hf_dflop.integrations.steplog import step_logs
 from hf_dflop.integrations.stock import StockSharding
 from hf_dflop.integrations.timing import StepTimer, StepTiming
@@ -49,7 +50,8 @@ class DflopCallback(TrainerCallback):
     | `dflop/predicted_idle_stock` | predicted share of the step that the mean rank waits under the stock grouping |
     | `dflop/predicted_idle` | the same under the balanced grouping (with `balance=False`: what it would be) |
     | `dflop/gap` | predicted step seconds ÷ lower bound − 1 of the balanced grouping |
-    | `dflop/scheduling_s` | seconds to group one step |
+    | `dflop/scheduling_s` | seconds to group one step, in a thread of its own, ahead of the loop |
+    | `dflop/scheduling_wait_s` | seconds that the loop waited for the grouping of a step |
     | `dflop/idle_fraction` | measured: time that the mean rank waited for the slowest one ÷ step time |
     | `dflop/step_s` | measured: seconds of a step, data included |
     | `dflop/data_s` | measured: seconds between steps, for fetching and collating, mean over ranks |
@@ -58,6 +60,10 @@ class DflopCallback(TrainerCallback):
     | `dflop/idle_s_rank<r>` | measured: seconds that rank r waited for the slowest rank per step (up to 16 ranks) |
     | `dflop/busy_s_max`, `dflop/busy_s_mean` | measured: the slowest and the mean rank |
     | `dflop/slowest_rank` | measured: the rank that computed longest |
+
+    Where a rank without an image would leave the others waiting for ever (FSDP, ZeRO, DDP that does not look for
+    unused parameters), every microbatch is given a sample with one. Where steps have too few of those, use
+    `VisionLanguageCollator(dummy_image=True)`.
 
     All values are means over the steps since the last record. Measured idle time needs ranks that meet once per step
     (DDP); under FSDP, where they meet in every layer, the measured keys but `step_s` and `data_s` are left out.
@@ -129,6 +135,7 @@ class DflopCallback(TrainerCallback):
         self._trace: TraceWriter | None = None
         self._trainer: Any = None
         self._pending: list[tuple[int, int, StepPlan | None]] = []
+        self._image_parameters: list[torch.nn.Parameter] = []
 
     # ---- set-up -----------------------------------------------------------------------------------------------
 
@@ -167,13 +174,23 @@ class DflopCallback(TrainerCallback):
                 f"({sharding.num_ranks} ranks × {self._num_slots} microbatches × {sharding.microbatch_size} samples). "
                 "Use more data, a smaller per_device_train_batch_size, or fewer gradient_accumulation_steps."
             )
-        check_images_and_collectives(trainer, self.shapes)
         if self._dataset is not None:
             check_processor(trainer, self._dataset)
         config = trainer.accelerator.unwrap_model(trainer.model).config
         spec = ModelSpec.from_config(config)
         padded = check_samples(dataloader, self.shapes, spec.image_token_id, self._verify, self._seed)
         check_packed_samples(trainer, dataloader.dataset, self.shapes)
+        fills_images = adds_dummy_images(dataloader, self.shapes, spec.image_token_id)
+        needs_images = check_images_and_collectives(
+            trainer,
+            self.shapes,
+            spreads=self._balance,
+            fills=fills_images,
+            samples_per_step=global_batch,
+            groups_per_step=sharding.num_ranks * self._num_slots,
+        )
+        if fills_images and not trainer.is_deepspeed_enabled:
+            self._image_parameters = image_parameters(trainer)
         caps = stock_caps(self.shapes, sharding.microbatch_size)
         sampler = BalancedBatchSampler(
             sharding.epoch_groups,
@@ -192,7 +209,10 @@ class DflopCallback(TrainerCallback):
             balance=self._balance,
             set_stock_epoch=sharding.set_epoch,
             seed=self._seed,
+            spread_images=needs_images and self._balance,
+            fill_images=fills_images,
         )
+        sampler.warm_up()
         replace_batch_sampler(dataloader, sampler)
         logger.info(
             "hf_dflop %s %d samples over %d ranks × %d microbatches per step (%s, objective %r)",
@@ -233,6 +253,13 @@ class DflopCallback(TrainerCallback):
     ) -> None:
         assert self._timer is not None
         self._timer.end_sync()
+        if self._image_parameters and self.sampler is not None:
+            plan = self.sampler.plan_of(self._epoch, self._step)
+            if plan is not None and not self.sampler.has_image(plan):
+                # Only dummy images were seen. Stock leaves these parameters without a gradient, and the optimizer
+                # passes over them; one of zero would still decay them.
+                for parameter in self._image_parameters:
+                    parameter.grad = None
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -313,6 +340,7 @@ class DflopCallback(TrainerCallback):
             record["predicted_stock_s"] = assignment.baseline_s
             record["bound_s"] = assignment.bound_s
             record["scheduling_s"] = plan.scheduling_s
+            record["scheduling_wait_s"] = plan.scheduling_wait_s
         return record
 
     def _close(self) -> None:
@@ -323,4 +351,5 @@ class DflopCallback(TrainerCallback):
             self._trace.close()
             self._trace = None
         self._pending = []
+        self._image_parameters = []
         self._trainer = None

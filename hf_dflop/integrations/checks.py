@@ -18,6 +18,7 @@ from hf_dflop.integrations.describe import is_image_parameter_trained
 from hf_dflop.shapes import Shapes
 
 __all__ = [
+    "adds_dummy_images",
     "check_exactness",
     "check_gradients_are_shared",
     "check_images_and_collectives",
@@ -106,30 +107,71 @@ def check_gradients_are_shared(trainer: Any) -> None:
         )
 
 
-def check_images_and_collectives(trainer: Any, shapes: Shapes) -> None:
-    """Raise where a microbatch without images would leave the other ranks waiting for ever.
+def check_images_and_collectives(
+    trainer: Any, shapes: Shapes, *, spreads: bool, fills: bool, samples_per_step: int, groups_per_step: int
+) -> bool:
+    """Raise where a microbatch without images would leave the other ranks waiting for ever, and nothing prevents it.
+
+    Args:
+        trainer (`Trainer`): its model is wrapped already.
+        shapes ([`Shapes`]): of the whole dataset.
+        spreads (`bool`): balancing may give every microbatch a sample with an image.
+        fills (`bool`): the collator adds an image to a microbatch without one.
+        samples_per_step (`int`), groups_per_step (`int`): samples and microbatches of all ranks in a step.
+
+    Returns:
+        `bool`: whether every microbatch needs an image.
 
     Raises:
-        TrainerError: the dataset mixes samples with and without images, and the wrapped model does not tolerate a
-            rank that skips the vision encoder.
+        TrainerError: the dataset mixes samples with and without images, the wrapped model does not tolerate a rank
+            that skips the vision encoder, the collator adds no image, and there are too few to spread.
     """
-    if trainer.args.world_size == 1 or not (shapes.num_images == 0).any() or not (shapes.num_images > 0).any():
-        return
-    count = f"{int((shapes.num_images == 0).sum())} of {len(shapes)} samples have no image"
+    without = int((shapes.num_images == 0).sum())
     wrapped = trainer.model_wrapped
-    if isinstance(wrapped, torch.nn.parallel.DistributedDataParallel):
-        if not wrapped.find_unused_parameters and is_image_parameter_trained(trainer):
-            raise TrainerError(
-                f"{count}: a rank whose microbatch has none never uses the vision encoder, and DDP with "
-                "find_unused_parameters=False then waits for ever (with or without balancing). Set "
-                "ddp_find_unused_parameters=True, with gradient_checkpointing_kwargs={'use_reentrant': False} if "
-                "you use gradient checkpointing."
-            )
-    elif trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        raise TrainerError(
-            f"{count}: a rank whose microbatch has none skips the collectives of the vision encoder that the others "
-            "run, and all wait for ever (with or without balancing). Train on the samples with images, or use DDP."
+    if without in (0, len(shapes)):
+        return False
+    if isinstance(wrapped, torch.nn.parallel.DistributedDataParallel):  # with one rank it fails instead of waiting
+        if wrapped.find_unused_parameters or not is_image_parameter_trained(trainer):
+            return False
+        what = "never uses the vision encoder, and DDP with find_unused_parameters=False then waits for ever"
+        remedy = (
+            " or set ddp_find_unused_parameters=True (with gradient_checkpointing_kwargs={'use_reentrant': False} if "
+            "you use gradient checkpointing)"
         )
+    elif trainer.args.world_size > 1 and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        what = "skips the collectives of the vision encoder that the others run, and all wait for ever"
+        remedy = " train on the samples with images, or use DDP"
+    else:
+        return False
+    per_step = samples_per_step * (1 - without / len(shapes))
+    if fills or (spreads and per_step >= groups_per_step):
+        return True  # the sampler looks at every step
+    raise TrainerError(
+        f"{without} of {len(shapes)} samples have no image: a rank whose microbatch has none {what} (with or without "
+        f"balancing). A step has {per_step:.1f} samples with an image on average for {groups_per_step} microbatches"
+        f"{'' if spreads else ', and balance=False does not spread them'}. Use "
+        f"VisionLanguageCollator(dummy_image=True),{remedy}."
+    )
+
+
+def adds_dummy_images(dataloader: Any, shapes: Shapes, image_token_id: int | None) -> bool:
+    """Whether the collator gives a microbatch without images a row with one, from which nothing is learned."""
+    bare = np.flatnonzero(shapes.num_images == 0)
+    if not bare.size or image_token_id is None or len(dataloader.dataset) != len(shapes):
+        return False
+    with _kept_random_state():
+        batch = dataloader.collate_fn([dataloader.dataset[int(bare[0])]])
+    return len(_without_dummy(batch, 1, image_token_id)["input_ids"]) < len(batch["input_ids"])
+
+
+def _without_dummy(batch: Any, num_rows: int, image_token_id: int | None) -> dict[str, Any]:
+    """The text tensors of a padded batch, without a last row that holds an image and no label."""
+    ids = batch["input_ids"]
+    kept = {key: batch[key] for key in ("input_ids", "attention_mask", "labels") if key in batch}
+    if image_token_id is None or "labels" not in batch or ids.shape[0] != num_rows + 1:
+        return kept
+    is_dummy = bool((batch["labels"][-1] == -100).all() and (ids[-1] == image_token_id).any())
+    return {key: value[:-1] for key, value in kept.items()} if is_dummy else kept
 
 
 def check_processor(trainer: Any, dataset: Any) -> None:
@@ -174,7 +216,7 @@ def check_samples(dataloader: Any, shapes: Shapes, image_token_id: int | None, c
     with _kept_random_state():
         batch: Any = None
         for index in picked[:count]:
-            batch = collate([dataset[index]])
+            batch = _without_dummy(collate([dataset[index]]), 1, image_token_id)
             _compare(batch, shapes, index, image_token_id)
         # Two samples of different length tell a padding collator from one that joins them.
         pair = collate([dataset[index] for index in picked[:2]]) if len(picked) > 1 else batch
@@ -183,7 +225,8 @@ def check_samples(dataloader: Any, shapes: Shapes, image_token_id: int | None, c
             f"the collator gives {sorted(pair)} and no 'labels', so the label tokens of a step cannot be counted "
             "and its loss would depend on the grouping. Return labels from the data collator."
         )
-    return bool(pair["input_ids"].shape[0] == min(2, len(picked)))
+    rows = _without_dummy(pair, len(picked[:2]), image_token_id)["input_ids"]
+    return bool(rows.shape[0] == min(2, len(picked)))
 
 
 def check_packed_samples(trainer: Any, dataset: Any, shapes: Shapes) -> None:

@@ -6,7 +6,7 @@ import torch
 
 from hf_dflop.cost import Trainable
 
-__all__ = ["choose_objective", "describe_training", "is_image_parameter_trained"]
+__all__ = ["choose_objective", "describe_training", "image_parameters", "is_image_parameter_trained"]
 
 
 def choose_objective(trainer: Any) -> str:
@@ -50,9 +50,14 @@ def describe_training(trainer: Any) -> dict[str, Any]:
 
 def is_image_parameter_trained(trainer: Any) -> bool:
     """Whether anything outside the LLM (encoder, connector) is trained."""
+    return bool(image_parameters(trainer))
+
+
+def image_parameters(trainer: Any) -> list[torch.nn.Parameter]:
+    """The trained parameters outside the LLM: encoder and connector."""
     model = _plain_model(trainer)
     llm = _llm_parameters(model)
-    return any(parameter.requires_grad and id(parameter) not in llm for parameter in model.parameters())
+    return [parameter for parameter in model.parameters() if parameter.requires_grad and id(parameter) not in llm]
 
 
 def _plain_model(trainer: Any) -> Any:

@@ -26,6 +26,7 @@ def step_logs(measured: npt.NDArray[np.float64], plans: Sequence[StepPlan | None
         logs["dflop/predicted_idle"] = _mean([plan.assignment.imbalance for plan in made])
         logs["dflop/gap"] = _mean([plan.assignment.gap for plan in made])
         logs["dflop/scheduling_s"] = _mean([plan.scheduling_s for plan in made])
+        logs["dflop/scheduling_wait_s"] = _mean([plan.scheduling_wait_s for plan in made])
     data, busy, sync, step = np.moveaxis(measured, 2, 0)
     logs["dflop/step_s"] = float(step.mean())
     logs["dflop/data_s"] = float(data.mean())

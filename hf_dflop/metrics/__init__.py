@@ -2,6 +2,9 @@
 
 token_accuracy     share of label tokens whose most likely prediction is right
 token_perplexity   exp of the mean negative log-likelihood of the label tokens
+load_balance       busy seconds of the slowest rank ÷ those of the mean rank
+idle_fraction      share of the step that the mean rank waits for the others
+throughput         samples or tokens per second
 """
 
 from pathlib import Path
@@ -9,7 +12,7 @@ from typing import Any
 
 __all__ = ["METRICS", "load"]
 
-METRICS: tuple[str, ...] = ("token_accuracy", "token_perplexity")
+METRICS: tuple[str, ...] = ("token_accuracy", "token_perplexity", "load_balance", "idle_fraction", "throughput")
 
 
 def load(name: str, **kwargs: Any) -> Any:

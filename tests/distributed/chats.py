@@ -10,11 +10,14 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 from tests.unit.rows import tiny
 
 
-def conversations(count: int) -> Dataset:
+def conversations(count: int, *, with_images: float = 1.0) -> Dataset:
+    """`count` conversations; of `with_images` = 0.5, every second one has images."""
     generator = np.random.default_rng(0)
     rows = []
-    for _ in range(count):
+    for number in range(count):
         num_images = int(generator.integers(1, 4))
+        if int(number * with_images) == int((number + 1) * with_images):
+            num_images = 0
         words = " ".join(generator.choice(["a", "cat", "picture", "the sea"], int(generator.lognormal(2, 0.9)) + 1))
         rows.append(
             {

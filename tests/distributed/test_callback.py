@@ -1,8 +1,13 @@
 """The callback in a stock Trainer, on one and two processes."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
-from tests.distributed.launch import launch
+from tests.distributed.launch import ROOT, launch
 
 pytestmark = pytest.mark.distributed
 
@@ -30,3 +35,22 @@ def test_trl_sft_trainer_takes_the_same_steps() -> None:
 def test_packed_and_balanced_training_takes_the_steps_of_padded_stock_training() -> None:
     output = launch("tests.distributed.scripts.packed", num_processes=2)
     assert output.count("packed relative difference") == 4
+
+
+def test_microbatches_without_images_neither_hang_nor_change_the_steps(tmp_path: Path) -> None:
+    script = "tests.distributed.scripts.image_free"
+    # Not under torchrun: in one process, too, DDP refuses a parameter that got no gradient.
+    subprocess.run(
+        [sys.executable, "-m", script, "save", str(tmp_path / "stock.pt")],
+        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1", "EXPECTED_WORLD_SIZE": "1", "HF_HUB_OFFLINE": "1"},
+        capture_output=True, timeout=120, check=True,
+    )  # fmt: skip
+    output = launch(script, "compare", str(tmp_path / "stock.pt"), num_processes=2, timeout_s=120)
+    assert output.count("image free: ") == 2 * 8
+
+
+def test_a_dummy_image_keeps_sharded_ranks_together() -> None:
+    script = "tests.distributed.scripts.sharded"
+    assert launch(script, num_processes=2, timeout_s=60).count("sharded: ") == 2
+    with pytest.raises(AssertionError, match=r"failed|hung"):  # the danger is real
+        launch(script, "bare", num_processes=2, timeout_s=60)

@@ -10,7 +10,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from hf_dflop import DflopCallback
-from hf_dflop.errors import TrainerError
+from hf_dflop.errors import BalanceError, TrainerError
 from tests.distributed import tiny
 from tests.distributed.harness import train
 
@@ -48,11 +48,14 @@ def check_resume(stop: int, **arguments: Any) -> None:
 def check_refused_hang() -> None:
     """A rank without images would leave DDP waiting: refused on all ranks, unless DDP looks for unused parameters."""
     mixed, _ = tiny.rows(32)
-    with pytest.raises(TrainerError, match="ddp_find_unused_parameters=True"):
+    remedies = r"(?s)dummy_image=True.*ddp_find_unused_parameters=True"
+    with pytest.raises(BalanceError, match=r"epoch 0, step \d has \d samples with an image for 4 microbatches"):
         train(mixed, [DflopCallback(mixed)], ddp_find_unused_parameters=False)
+    with pytest.raises(TrainerError, match="balance=False does not spread"):
+        train(mixed, [DflopCallback(mixed, balance=False)], ddp_find_unused_parameters=False)
     checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
-    with pytest.raises(TrainerError, match="ddp_find_unused_parameters=True"):
-        train(mixed, [DflopCallback(mixed)], **checkpointing)
+    with pytest.raises(TrainerError, match=remedies):
+        train(mixed, [DflopCallback(mixed)], per_device_train_batch_size=1, **checkpointing)
     remedy = train(mixed, [DflopCallback(mixed)], ddp_find_unused_parameters=True, **checkpointing)
     assert remedy.state.global_step == 4
     print("ok refused hang")

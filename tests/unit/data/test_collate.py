@@ -109,3 +109,45 @@ def test_errors_name_the_row() -> None:
     processor.tokenizer.pad_token = None
     with pytest.raises(ProcessorError, match="no pad token"):
         VisionLanguageCollator(processor)(ROWS)
+
+
+@pytest.mark.parametrize("build", [tiny.llava, tiny.qwen2_vl, tiny.idefics3, tiny.gemma3], ids=lambda b: b.__name__)
+def test_a_dummy_image_for_a_microbatch_without_images(build: Any) -> None:
+    plain, dummy = VisionLanguageCollator(build()), VisionLanguageCollator(build(), labels="all", dummy_image=True)
+    for rows in (ROWS, ROWS[:1]):
+        assert dummy(rows)["input_ids"].shape[0] == len(rows), "there is an image already"
+    batch, alone = dummy([ROWS[1], ROWS[1]]), plain([ROWS[1], ROWS[1]])
+    assert batch["input_ids"].shape[0] == 3
+    assert (batch["labels"][-1] == -100).all()
+    assert (batch["labels"][:2] != -100).any()
+    assert (batch["input_ids"][-1] == plain.renderer.token.feature_id).any()
+    assert batch["pixel_values"].isfinite().all()
+    length = alone["input_ids"].shape[1]
+    assert torch.equal(batch["input_ids"][:2, :length], alone["input_ids"])
+    assert batch["attention_mask"][:2, length:].sum() == 0
+
+
+def test_a_dummy_image_has_no_columns_to_be_checked() -> None:
+    annotated, _ = profile_dataset(datasets.Dataset.from_list(ROWS), tiny.llava(), verify=0)
+    assert VisionLanguageCollator(tiny.llava(), dummy_image=True)([annotated[1]])["input_ids"].shape[0] == 2
+
+
+def test_the_gradient_of_a_dummy_image_is_exactly_zero() -> None:
+    from tests.distributed.chats import chat_processor, model
+
+    net = model(chat_processor())
+    rows = [ROWS[1], {"messages": talk("why?", "it is so"), "images": []}]
+    plain, dummy = VisionLanguageCollator(chat_processor()), VisionLanguageCollator(chat_processor(), dummy_image=True)
+    gradients = []
+    for collate in (plain, dummy):
+        net.zero_grad()
+        batch = collate(rows)
+        count = (batch["labels"][:, 1:] != -100).sum()
+        net(**batch, num_items_in_batch=count).loss.backward()
+        gradients.append({n: None if p.grad is None else p.grad.clone() for n, p in net.named_parameters()})
+    seen = [name for name in gradients[0] if gradients[0][name] is None and gradients[1][name] is not None]
+    assert any("vision_tower" in name for name in seen)
+    assert any("multi_modal_projector" in name for name in seen)
+    assert all(not gradients[1][name].any() for name in seen), "not exactly zero"
+    learned = [name for name in gradients[0] if gradients[0][name] is not None]
+    assert all(torch.allclose(gradients[0][n], gradients[1][n], rtol=1e-5, atol=1e-8) for n in learned)
