@@ -1,4 +1,4 @@
-"""`make demo`: fetch real documents and weights, train under four samplers in turn, and show what waiting cost.
+"""`make demo`: fetch real documents and weights, train under each sampler in turn, and show what waiting cost.
 
 Every stage keeps its result in the output folder and is skipped when that is there, so an interrupted demo goes on
 where it stopped. Remove the output folder to run it all again.
@@ -47,7 +47,7 @@ def main() -> None:
         f"{facts['annotate_speedup']:.0f} times faster than processing them, same counts: "
         f"{facts['annotate_same_counts']}"
     )
-    say(f"training on {settings.num_ranks} processes; {settings.num_rounds} rounds of 4 samplers, a few minutes")
+    say(f"training on {settings.num_ranks} processes; {settings.num_rounds} rounds of {len(ARMS)} runs, some minutes")
     _train(settings)
     _report(settings, assets, facts)
     say(f"done in {(time.monotonic() - start) / 60:.1f} minutes")
