@@ -30,10 +30,10 @@ class DemoSettings:
     num_ranks: int = 2
     batch_size: int = 2
     accumulation: int = 3
-    num_steps: int = 4
+    num_steps: int = 6
     num_rounds: int = 3
     num_calibration: int = 16
-    num_eval_samples: int = 16
+    num_eval_samples: int = 24
     learning_rate: float = 1e-3
 
     @property
