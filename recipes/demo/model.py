@@ -63,8 +63,8 @@ class DemoModelConfig:
     llm_layers: int = 3
     """Of the LLM's 30 layers."""
     vocab_size: int | None = 8192
-    """Tokens kept of the LLM's 49,152 (None: all), the first in merge order: a valid BPE with the original ids. With all
-    of them the LM head is most of so short an LLM's work, and bound by memory that two processes share."""
+    """Tokens kept of the LLM's 49,152 (None: all), the first in merge order: a valid BPE with its own ids. With all of
+    them the LM head is most of so short an LLM's work, and bound by memory that two processes share."""
     tile_pixels: int = 84
     """Side of a square tile; a multiple of three times the patch size, 42."""
     max_tiles: int = 6
