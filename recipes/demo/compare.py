@@ -97,10 +97,11 @@ def run(
     training.eval_on_start = evaluated
     trainer = finetune_vlm.build_trainer(recipe, training, own)
     trainer.add_callback(collator)
-    trainer.train(ignore_keys_for_eval=finetune_vlm.NOT_LOGITS)
+    ignored = finetune_vlm.outputs_but_logits(own.model)
+    trainer.train(ignore_keys_for_eval=ignored)
     counts = gather_object([(collator.tokens, collator.computed)])
     before = _first_evaluation(trainer.state.log_history) if evaluated else {}
-    after = trainer.evaluate(metric_key_prefix="after", ignore_keys=finetune_vlm.NOT_LOGITS) if evaluated else {}
+    after = trainer.evaluate(metric_key_prefix="after", ignore_keys=ignored) if evaluated else {}
     peaks = gather_object([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024])
     ranks = read_trace(folder / "trace")
     seconds = max(steps[-1]["end_s"] for steps in ranks) - min(steps[0]["begin_s"] for steps in ranks)
