@@ -13,6 +13,7 @@ from hf_dflop.cost.flops import (
     training_flops,
 )
 from hf_dflop.cost.model import CostModel, Observation, Rates
+from hf_dflop.cost.online import OnlineFit, Refinement, refine
 from hf_dflop.cost.spec import ConnectorSpec, ModelSpec, TransformerSpec
 
 __all__ = [
@@ -22,13 +23,16 @@ __all__ = [
     "ModelSpec",
     "ModuleFlops",
     "Observation",
+    "OnlineFit",
     "Rates",
+    "Refinement",
     "Trainable",
     "TransformerSpec",
     "forward_terms",
     "llm_flops",
     "llm_terms",
     "module_flops",
+    "refine",
     "train_factors",
     "training_flops",
 ]

@@ -4,8 +4,8 @@ Takes the stock grouping of one epoch (what every rank would have loaded without
 steps, and lets `hf_dflop.balance.assign` regroup the samples *within* each step. The set of samples of a step, the
 number of microbatches of every rank and the number of steps never change.
 
-The result is a pure function of (stock grouping, shapes, cost model, seed, epoch, step): every rank computes it
-alike, without communication.
+The result is a pure function of (stock grouping, shapes, cost version of the step, seed, epoch, step): every rank
+computes it alike, without communication.
 
 Assumptions: every rank sees the same stock grouping (Trainer seeds its samplers alike on all ranks).
 """
@@ -24,6 +24,7 @@ import numpy.typing as npt
 from hf_dflop.balance import Assignment, assign, warm_up
 from hf_dflop.cost import CostModel
 from hf_dflop.data.lookahead import look_ahead
+from hf_dflop.data.versions import CostVersion, CostVersions
 from hf_dflop.errors import BalanceError
 from hf_dflop.shapes import Shapes
 
@@ -73,6 +74,8 @@ class StepPlan:
     """Seconds that making this plan took."""
     scheduling_wait_s: float = 0.0
     """Seconds of them (and of the plans before it) that the loop had to wait."""
+    cost_version: CostVersion | None = None
+    """What the costs come from; None where they never change."""
 
     def microbatches(self, rank: int) -> list[list[int]]:
         """The dataset indices that `rank` loads, one list per slot."""
@@ -103,7 +106,7 @@ class BalancedBatchSampler:
         shapes ([`Shapes`]):
             The shapes of the whole dataset, by dataset index.
         cost_model ([`CostModel`]):
-            Shapes → seconds.
+            Shapes → seconds, until another version is declared in the attribute `costs`.
         rank (`int`), num_ranks (`int`):
             This data-parallel rank, and how many there are.
         num_slots (`int`):
@@ -164,9 +167,7 @@ class BalancedBatchSampler:
         self._balance = balance
         self._seed = seed
         self._look_ahead_steps = look_ahead_steps
-        self._per_microbatch_s = cost_model.per_microbatch_s
-        self._vision_s = cost_model.vision_s(shapes)
-        self._llm_s = cost_model.llm_s(shapes)
+        self.costs = CostVersions(shapes, cost_model, padded=padded)
         self._tokens = shapes.llm_tokens
         self._patches = shapes.image_patches
         self._has_image = shapes.num_images > 0
@@ -198,11 +199,14 @@ class BalancedBatchSampler:
         """The plan of an optimizer step (counted within its epoch), if it was made and is still remembered."""
         return self._plans.get((epoch, step))
 
-    def microbatch_s(self, microbatch: Sequence[int]) -> float:
-        """Predicted seconds of a microbatch of these dataset indices."""
-        llm_s = self._llm_s[list(microbatch)]
-        rows_s = llm_s.size * llm_s.max() if self._padded else llm_s.sum()
-        return float(self._vision_s[list(microbatch)].sum() + rows_s + self._per_microbatch_s)
+    def microbatch_s(self, microbatch: Sequence[int], version: CostVersion | None = None) -> float:
+        """Predicted seconds of a microbatch of these dataset indices, under a cost version or the newest one."""
+        version = version or self.costs.newest
+        return float(self.costs.module_seconds([microbatch], version).sum()) + version.model.per_microbatch_s
+
+    def position(self, epoch: int, step: int) -> int:
+        """The number of an optimizer step, counted from the start of the training."""
+        return epoch * -(-self._length // self._num_slots) + step
 
     def __iter__(self) -> Iterator[list[int]]:
         epoch = self.epoch
@@ -225,8 +229,13 @@ class BalancedBatchSampler:
                 return None
             return self.plan(stock, epoch, step)
 
+        def planned() -> Iterator[int]:
+            for step in range(first, num_steps):
+                self.costs.planned_through = self.position(epoch, step)
+                yield step
+
         steps = range(first, num_steps)
-        with contextlib.closing(look_ahead(plan, steps, depth=self._look_ahead_steps)) as plans:
+        with contextlib.closing(look_ahead(plan, planned(), depth=self._look_ahead_steps)) as plans:
             for step, (made, wait_s) in zip(steps, plans, strict=True):
                 if made is None:
                     yield from (list(microbatch) for microbatch in self._stock_of(ranks, step)[self._rank])
@@ -255,7 +264,8 @@ class BalancedBatchSampler:
         indices = np.array([index for slots in stock for group in slots for index in group], dtype=np.int64)
         positions = iter(range(indices.size))
         baseline = [[[next(positions) for _ in group] for group in slots] for slots in stock]
-        assignment = self._assign(indices, baseline, epoch, step)
+        version = self.costs.at(self.position(epoch, step))
+        assignment = self._assign(indices, baseline, epoch, step, version)
         if self._must_spread and not assignment.is_spread:
             groups = [group for slots in assignment.groups for group in slots]
             self._check_spread([[indices[group].tolist() for group in groups]], epoch, step)
@@ -266,14 +276,16 @@ class BalancedBatchSampler:
             indices=indices,
             stock=stock,
             balanced=self._balance,
+            cost_version=version,
             scheduling_s=time.perf_counter() - begin,
         )
 
-    def _assign(self, indices: npt.NDArray[np.int64], baseline: Any, epoch: int, step: int) -> Assignment:
+    def _assign(
+        self, indices: npt.NDArray[np.int64], baseline: Any, epoch: int, step: int, version: CostVersion
+    ) -> Assignment:
         try:
             return assign(
-                self._vision_s[indices],
-                self._llm_s[indices],
+                *self.costs.seconds(indices, version),
                 num_ranks=self._num_ranks,
                 num_slots=len(baseline[0]),
                 objective=self.objective,
@@ -284,6 +296,7 @@ class BalancedBatchSampler:
                 patches=self._patches[indices],
                 max_patches=self._caps.max_patches,
                 spread=self._has_image[indices] if self._spread_images else None,
+                rank_speeds=version.rank_speeds,
                 seed=(self._seed * 1_000_003 + epoch * 8_191 + step) % 2**31,
             )
         except BalanceError as error:
