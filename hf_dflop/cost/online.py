@@ -73,8 +73,7 @@ class OnlineFit:
         if not self.factors:
             return base
         rates = {
-            name: getattr(base.rates, name) / factor
-            for name, factor in zip(RATE_TERMS, self.factors[1:], strict=True)
+            name: getattr(base.rates, name) / factor for name, factor in zip(RATE_TERMS, self.factors[1:], strict=True)
         }
         return replace(base, rates=Rates(**rates), per_microbatch_s=self.factors[0] * self.unit_s, fit_error=None)
 
@@ -94,7 +93,7 @@ class OnlineFit:
             return cls(**{**data, "speeds": RankSpeeds(**speeds)})
         except (KeyError, TypeError, AttributeError) as error:
             raise ModelError(
-                f"the state of the cost correction is not readable ({error}). Start without it: correction begins anew."
+                f"the state of the cost correction is not readable ({error}). Start without it: it begins anew."
             ) from error
 
 
@@ -201,9 +200,7 @@ def refine(
         changed=off_scale or (moved_by > _MIN_CHANGE and error <= error_before),
         num_used=int(seconds.size),
         num_unusable=num_unusable,
-        undetermined=tuple(
-            name for name, sine in zip(RATE_TERMS, sines(matrix)[1:], strict=True) if sine < _MIN_SINE
-        ),
+        undetermined=tuple(name for name, sine in zip(RATE_TERMS, sines(matrix)[1:], strict=True) if sine < _MIN_SINE),
     )
 
 

@@ -60,7 +60,9 @@ def nonnegative_least_squares(matrix: Matrix, target: Sequence[float]) -> list[f
             continue
         value = 0.0
         for x, i in zip(part, free, strict=True):
-            value -= x * target[i]  # at the solution of the free unknowns, the quadratic term is half of the linear one
+            value -= (
+                x * target[i]
+            )  # at the solution of the free unknowns, the quadratic term is half of the linear one
         if value < least:
             least = value
             best = [0.0] * size

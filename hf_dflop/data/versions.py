@@ -87,7 +87,8 @@ class CostVersions:
 
     def at(self, step: int) -> CostVersion:
         """The version that holds for a step."""
-        return next(version for version in reversed(self._versions) if version.from_step <= step or not version.number)
+        holding = [version for version in self._versions if version.from_step <= step]
+        return holding[-1] if holding else self._versions[0]
 
     def declare(self, version: CostVersion) -> None:
         """Let a version hold from `version.from_step` on.

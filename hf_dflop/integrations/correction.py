@@ -12,7 +12,7 @@ Assumptions: ranks meet once per step, so that the time of a microbatch is its o
 
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -20,11 +20,13 @@ import numpy as np
 from hf_dflop.cost import OnlineFit, Refinement, refine
 from hf_dflop.cost.fit import RATE_TERMS
 from hf_dflop.cost.slowness import RankSpeeds
+from hf_dflop.data.sampler import BalancedBatchSampler
 from hf_dflop.data.versions import CostVersion, CostVersions
 from hf_dflop.errors import ModelError, TrainerError
+from hf_dflop.integrations.describe import choose_objective
 from hf_dflop.integrations.measured import MeasuredStep
 
-__all__ = ["Correction"]
+__all__ = ["Correct", "Correction", "start_correction"]
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +39,62 @@ WARM_UP_STEPS = 2
 _MAX_MICROBATCHES = 2048
 """Of more, whole steps are left out, so that learning stays quick on many ranks."""
 _SPEED_CHANGE = 0.03
+
+
+@dataclass(frozen=True, slots=True)
+class Correct:
+    """What the user asked for."""
+
+    when: bool | str
+    every: int = field(kw_only=True)
+    slow_ranks: str = field(kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.when not in (True, False, "auto"):
+            raise ValueError(f"correct={self.when!r}; choose True, False or 'auto'")
+        if self.slow_ranks not in ("name", "rebalance"):
+            raise ValueError(f"slow_ranks={self.slow_ranks!r}; choose 'name' or 'rebalance'")
+        if self.slow_ranks == "rebalance" and self.when is False:
+            raise ValueError("slow_ranks='rebalance' needs measured times; leave out correct=False")
+        if self.every < 1:
+            raise ValueError(f"correct_every={self.every}; it must be at least 1 optimizer step")
+
+
+def start_correction(trainer: Any, sampler: Any, state: Any, asked: Correct) -> "Correction | None":
+    """The correction of this run; None where there is nothing to correct. Takes over the costs of a checkpoint.
+
+    Raises:
+        TrainerError: correction was asked for where a microbatch's own time cannot be measured.
+    """
+    if not isinstance(sampler, BalancedBatchSampler):
+        if asked.when is True or asked.slow_ranks == "rebalance":
+            raise TrainerError(
+                "correct=True needs microbatches that the callback's sampler composes in this process; this loader "
+                'has none. Use correct="auto", slow_ranks="name".'
+            )
+        return None
+    meets = choose_objective(trainer)
+    num_ranks = trainer.accelerator.num_processes
+    hidden = {"slot": "after every microbatch", "stage": "in every layer"}.get(meets)
+    if hidden is not None and (asked.when is True or asked.slow_ranks == "rebalance"):
+        raise TrainerError(
+            f"correct=True, but ranks meet {hidden} here: a microbatch's time holds the waiting for others, and a "
+            "slow rank looks like all. Give measured costs (CostModel.fit) as cost_model, and correct=False."
+        )
+    learns = asked.when is True or (
+        asked.when == "auto" and hidden is None and num_ranks > 1 and not trainer.args.full_determinism
+    )
+    correction = Correction(
+        sampler.costs,
+        num_ranks=num_ranks,
+        steps_per_epoch=sampler.position(1, 0),
+        every=asked.every if learns else 0,
+        rebalances=asked.slow_ranks == "rebalance",
+    )
+    correction.restore(state)
+    if not learns:
+        logger.info("hf_dflop: costs are not corrected by measured times (correct=%r)", asked.when)
+    return correction
 
 
 class Correction:
@@ -185,19 +243,14 @@ class Correction:
 
     # ---- checkpoints ------------------------------------------------------------------------------------------
 
-    def remember(self, state: Any, step: int) -> None:
-        """Put the versions in force and to come, and what was learned, where Trainer saves it.
-
-        Args:
-            state (`TrainerState`): of the running Trainer.
-            step (`int`): the next step, counted from the start of the training.
-        """
+    def remember(self, state: Any) -> None:
+        """Put the versions in force and to come, and what was learned, where Trainer saves it with a checkpoint."""
         state.stateful_callbacks[KEY] = {
             "args": {},
             "attributes": {
                 "base": self._base.to_dict(),
                 "fit": self.fit.to_dict(),
-                "versions": [version.to_dict() for version in self._costs.in_force(step)],
+                "versions": [version.to_dict() for version in self._costs.in_force(state.global_step)],
                 "num_ranks": self._num_ranks,
                 "steps_per_epoch": self._steps_per_epoch,
             },
@@ -231,6 +284,7 @@ class Correction:
             fit = replace(fit, speeds=RankSpeeds.even(self._num_ranks))
         self.fit = fit
         self._costs.restore(versions)
+        self.remember(state)
 
 
 def _differ(one: tuple[float, ...] | None, other: tuple[float, ...] | None) -> bool:

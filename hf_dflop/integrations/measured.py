@@ -1,4 +1,4 @@
-"""The steps that this rank timed → the same steps with the times of all ranks, and this rank's trace records.
+"""The steps that this rank timed → the same steps with the times of all ranks.
 
 Input: `StepTiming`s of this rank. Output: `MeasuredStep`s, equal on every rank: one gather of a few numbers per step.
 With the times travel the last step that a rank has planned and a digest of its costs, so that all ranks declare the
@@ -7,7 +7,6 @@ next cost version for the same step, and notice at once if they should ever disa
 
 import hashlib
 import json
-import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +19,7 @@ from hf_dflop.data.sampler import StepPlan
 from hf_dflop.data.versions import CostVersions
 from hf_dflop.integrations.timing import StepTiming
 
-__all__ = ["MeasuredStep", "gather_steps", "trace_record"]
+__all__ = ["MeasuredStep", "gather_steps"]
 
 _FIXED = 6
 """Columns before those of the slots: data, busy, sync, step seconds, last planned step, digest of the costs."""
@@ -85,50 +84,3 @@ def gather_steps(
         )
         for number, (step, epoch, plan) in enumerate(pending)
     ]
-
-
-def trace_record(
-    timing: StepTiming,
-    step: int,
-    epoch: int,
-    plan: StepPlan | None,
-    *,
-    rank: int,
-    num_ranks: int,
-    sampler: Any,
-    is_first: bool,
-) -> dict[str, Any]:
-    """What the trace keeps of one step of this rank."""
-    record: dict[str, Any] = {
-        "step": step,
-        "epoch": epoch,
-        "rank": rank,
-        "num_ranks": num_ranks,
-        "begin_s": timing.begin_s,
-        "data_s": timing.data_s,
-        "slot_end_s": timing.slot_end_s,
-        "sync_end_s": timing.sync_end_s,
-        "end_s": timing.end_s,
-    }
-    if is_first:
-        record["host"] = socket.gethostname()
-    if plan is None:
-        return record
-    samples = plan.microbatches(rank)
-    record["samples"] = samples
-    if plan.cost_version is not None:
-        version = plan.cost_version
-        modules = sampler.costs.module_seconds(samples, version)
-        record["cost_version"] = version.number
-        record["slot_predicted_s"] = (modules.sum(axis=1) + version.model.per_microbatch_s).tolist()
-        record["slot_vision_s"] = modules[:, 0].tolist()
-        if version.rank_speeds is not None:
-            record["rank_speed"] = version.rank_speeds[rank]
-    else:
-        record["slot_predicted_s"] = [sampler.microbatch_s(group) for group in samples]
-    record["predicted_s"] = plan.assignment.predicted_s
-    record["predicted_stock_s"] = plan.assignment.baseline_s
-    record["bound_s"] = plan.assignment.bound_s
-    record["scheduling_s"] = plan.scheduling_s
-    record["scheduling_wait_s"] = plan.scheduling_wait_s
-    return record

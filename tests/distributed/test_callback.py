@@ -54,3 +54,9 @@ def test_a_dummy_image_keeps_sharded_ranks_together() -> None:
     assert launch(script, num_processes=2, timeout_s=60).count("sharded: ") == 2
     with pytest.raises(AssertionError, match=r"failed|hung"):  # the danger is real
         launch(script, "bare", num_processes=2, timeout_s=60)
+
+
+def test_costs_correct_themselves_and_slow_ranks_are_found() -> None:
+    output = launch("tests.distributed.scripts.correction", num_processes=2, timeout_s=200)
+    for told in ("resumed between two versions", "wrong costs: ", "slow rank: "):
+        assert output.count(told) == 2

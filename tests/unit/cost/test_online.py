@@ -37,7 +37,12 @@ def microbatches(count: int, seed: int) -> npt.NDArray[np.float64]:
 
 
 def seconds(model: CostModel, flops: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    rates = [model.rates.vision_linear, model.rates.vision_attention, model.rates.llm_linear, model.rates.llm_attention]
+    rates = [
+        model.rates.vision_linear,
+        model.rates.vision_attention,
+        model.rates.llm_linear,
+        model.rates.llm_attention,
+    ]
     return (flops / rates).sum(axis=1) + model.per_microbatch_s
 
 
@@ -115,7 +120,7 @@ def test_a_slow_rank_is_found_and_does_not_bend_the_rates() -> None:
     def slowed(flops: Any, rank: Any, number: int) -> Any:
         return noisy(flops, rank, number) * np.where(rank == 2, 1.3, 1.0)
 
-    fit, found = run(1, slowed)
+    fit, _ = run(1, slowed)
     assert fit.speeds.slow_ranks == ()  # once is not enough
     assert fit.speeds.speeds is None
     fit, found = run(4, slowed)
@@ -135,7 +140,7 @@ def test_two_ranks_one_slow() -> None:
 
 
 def test_it_follows_a_change_of_speed() -> None:
-    fit, found = run(6, noisy)
+    fit, _ = run(6, noisy)
     slower = CostModel(spec=SPEC, rates=Rates(vision_linear=1e9, vision_attention=7.5e8, llm_linear=4e9,
                                               llm_attention=3e9), per_microbatch_s=0.02)  # fmt: skip
     _, after = run(20, lambda flops, rank, number: seconds(slower, flops), fit=fit)

@@ -1,0 +1,143 @@
+"""Correction in a real run: costs wrong by 2 in one module, a slow rank, and a resume between two versions.
+
+What a microbatch takes is slept, in proportion to its true cost, so that a busy machine does not change the result:
+the tiny model itself computes for a few milliseconds.
+"""
+
+import os
+import sys
+import tempfile
+import time
+from typing import Any
+
+import numpy as np
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+
+from hf_dflop import CostModel, DflopCallback, ModelSpec
+from hf_dflop.data.versions import CostVersions
+from hf_dflop.integrations.correction import KEY
+from tests.distributed import harness, tiny
+
+WORLD = int(os.environ["EXPECTED_WORLD_SIZE"])
+DATASET, SHAPES = tiny.rows(2400)
+SPEC = ModelSpec.from_config(tiny.model().config)
+UNIT = CostModel.analytic(SPEC)
+SIZE, SLOTS = 4, 2
+
+
+def costs(mean_s: float, vision_speed: float = 1.0) -> CostModel:
+    """Half of a microbatch's `mean_s` is vision; `vision_speed` 2: believed to take half of what it takes."""
+    return CostModel.analytic(
+        SPEC,
+        vision_flops_per_s=2e12 * UNIT.vision_s(SHAPES).mean() * SIZE / mean_s * vision_speed,
+        llm_flops_per_s=2e12 * UNIT.llm_s(SHAPES).mean() * SIZE / mean_s,
+    )
+
+
+class Sleeper(harness.NotingTrainer):
+    """Sleeps for what a microbatch truly takes on this rank, before it computes."""
+
+    truth: CostVersions
+    slowness: float
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        seconds = self.truth.module_seconds([inputs["sample_ids"].tolist()], self.truth.newest).sum()
+        time.sleep(float(seconds) * self.slowness)
+        return super().training_step(model, inputs, *args, **kwargs)
+
+
+def run(believed: CostModel, mean_s: float, *, slowness: float = 1.0, resume: str | None = None, steps: int,
+        trainer_arguments: dict[str, Any] | None = None, **options: Any) -> Any:  # fmt: skip
+    callback = DflopCallback(DATASET, cost_model=believed, **options)
+    Sleeper.truth = CostVersions(SHAPES, costs(mean_s), padded=True)
+    Sleeper.slowness = slowness if PartialState().process_index == WORLD - 1 else 1.0
+    trainer = harness.train(
+        DATASET, [callback], max_steps=steps, per_device_train_batch_size=SIZE, resume=resume, trainer_class=Sleeper,
+        gradient_accumulation_steps=SLOTS, **(trainer_arguments or {}),
+    )  # fmt: skip
+    assert trainer.accelerator.num_processes == WORLD
+    return trainer
+
+
+def true_idle(trainer: Any, last: int) -> float:
+    """Mean share of the last steps' true seconds that the mean rank waits, from the microbatches that ran."""
+    from accelerate.utils import gather_object
+
+    seconds: dict[tuple[int, int], float] = {}
+    rank = trainer.accelerator.process_index
+    for r, step, ids in gather_object([(rank, step, ids) for step, ids in trainer.noted]):
+        found = Sleeper.truth.module_seconds([ids], Sleeper.truth.newest).sum()
+        seconds[step, r] = seconds.get((step, r), 0.0) + float(found)
+    steps = sorted({step for step, _ in seconds})[-last:]
+    table = np.array([[seconds[step, r] for r in range(WORLD)] for step in steps])
+    return float(np.mean(1 - table.mean(axis=1) / table.max(axis=1)))
+
+
+def measured_idle(trainer: Any, last: int) -> float:
+    logs = [log["dflop/idle_fraction"] for log in trainer.state.log_history if "dflop/idle_fraction" in log]
+    return float(np.mean(logs[-last:]))
+
+
+def check_wrong_costs(mean_s: float, steps: int) -> None:
+    wrong = run(costs(mean_s, 2.0), mean_s, steps=steps, correct=False)
+    oracle = run(costs(mean_s), mean_s, steps=steps, correct=False)
+    fixed = run(costs(mean_s, 2.0), mean_s, steps=steps, correct_every=5)
+    last = steps // 3
+    true = {name: true_idle(t, last) for name, t in (("wrong", wrong), ("oracle", oracle), ("corrected", fixed))}
+    measured = {
+        name: measured_idle(t, last) for name, t in (("wrong", wrong), ("oracle", oracle), ("corrected", fixed))
+    }
+    assert fixed.samples_of_steps() == wrong.samples_of_steps() == oracle.samples_of_steps()
+    versions = [int(log["dflop/cost_version"]) for log in fixed.state.log_history if "dflop/cost_version" in log]
+    print(f"wrong costs: last {last} of {steps} steps, waiting by true costs {true}, measured {measured}")
+    assert versions[-1] >= 1
+    assert true["wrong"] > true["oracle"] + 0.015, true
+    assert true["corrected"] <= true["oracle"] + 0.03, true
+    assert true["corrected"] < (true["wrong"] + true["oracle"]) / 2, true
+
+
+def check_slow_rank(mean_s: float, steps: int) -> None:
+    named = run(costs(mean_s), mean_s, steps=steps, slowness=1.3, correct_every=5)
+    balanced = run(costs(mean_s), mean_s, steps=steps, slowness=1.3, correct_every=5, slow_ranks="rebalance")
+    last = steps // 3
+    before, after = measured_idle(named, last), measured_idle(balanced, last)
+    slow = [log.get("dflop/slow_rank") for log in named.state.log_history if "dflop/cost_version" in log]
+    print(f"slow rank: measured waiting {before:.3f} named, {after:.3f} rebalanced; named as {slow[-1]}")
+    assert slow[-1] == WORLD - 1, slow
+    assert before > 0.06, before
+    assert after <= before / 2, (before, after)
+    assert balanced.samples_of_steps() == named.samples_of_steps()
+
+
+def check_resume(mean_s: float) -> None:
+    """Stop where a version is declared but not yet in force; the steps until the next look are the uninterrupted's."""
+    holder = [tempfile.mkdtemp()]
+    broadcast_object_list(holder)
+    options: dict[str, Any] = {"correct_every": 6, "steps": 12}
+    saving = {"output_dir": holder[0], "save_strategy": "steps", "save_steps": 6, "dataloader_num_workers": 1}
+    whole = run(costs(mean_s, 2.0), mean_s, trainer_arguments=saving, **options)
+    resumed = run(
+        costs(mean_s, 2.0), mean_s, resume=f"{holder[0]}/checkpoint-6",
+        trainer_arguments={"dataloader_num_workers": 1}, **options,
+    )  # fmt: skip
+    kept = whole.state.stateful_callbacks[KEY]["attributes"]["versions"]
+    assert kept
+    assert resumed.noted == [entry for entry in whole.noted if entry[0] >= 6]
+    logged = [
+        [log["dflop/cost_version"] for log in t.state.log_history if "dflop/cost_version" in log]
+        for t in (whole, resumed)
+    ]
+    assert logged[0][5:11] == logged[1][5:11], logged
+    assert logged[0][4] == 0, logged
+    assert logged[0][5] == 1, logged
+    print("resumed between two versions: the same microbatches")
+
+
+if __name__ == "__main__":
+    PartialState(cpu=True)
+    MEAN_S, STEPS = (float(sys.argv[1]), int(sys.argv[2])) if len(sys.argv) > 2 else (0.03, 36)
+    check_resume(0.01)
+    check_wrong_costs(MEAN_S, STEPS)
+    check_slow_rank(MEAN_S, STEPS)
+    PartialState().destroy_process_group()
