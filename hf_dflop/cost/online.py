@@ -163,11 +163,10 @@ def refine(
         noise = max(1.4826 * float(np.median(np.abs(ratio - 1.0))), _MIN_NOISE)
         weight = np.minimum(1.0, _HUBER * noise / np.maximum(np.abs(ratio - 1.0), 1e-12))
         scaled = [column / predicted for column in columns]
-        told = seconds / (predicted * np.asarray(speeds.slowness)[rank])
         matrix = [
             [old_matrix[i][j] + _sum(weight * scaled[i] * scaled[j]) for j in range(_SIZE)] for i in range(_SIZE)
         ]
-        target = [old_target[i] + _sum(weight * scaled[i] * told) for i in range(_SIZE)]
+        target = [old_target[i] + _sum(weight * scaled[i] * ratio) for i in range(_SIZE)]
         common = float(np.median(seconds / (plain * np.asarray(speeds.slowness)[rank])))
         found = nonnegative_least_squares(_pulled(matrix, noise, common, unit_s, predicted), target)
         found = [found[0], *(min(max(value, common / _FURTHEST), common * _FURTHEST) for value in found[1:])]
@@ -220,14 +219,15 @@ def _pulled(
 ) -> list[list[float]]:
     """The normal equations with the weak pulls: of terms towards each other, of the overhead towards 0."""
     pulled = [list(row) for row in matrix]
-    strength = (noise / (_SPREAD * common)) ** 2
+    strength = noise / (_SPREAD * common)
+    strength *= strength
     for i, j in _PULLS:
         pulled[i][i] += strength
         pulled[j][j] += strength
         pulled[i][j] -= strength
         pulled[j][i] -= strength
-    share = unit_s / float(np.median(predicted))
-    pulled[0][0] += (noise / _SPREAD * share) ** 2
+    share = noise / _SPREAD * (unit_s / float(np.median(predicted)))
+    pulled[0][0] += share * share
     return pulled
 
 

@@ -7,6 +7,7 @@ Assumptions: what is predicted is right up to a factor that all ranks share; eve
 that an error in one module does not look like a slow rank.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -64,7 +65,7 @@ def watch(before: RankSpeeds, rank: npt.NDArray[np.int64], ratio: npt.NDArray[np
         own = ratio[rank == r]
         if own.size >= MIN_MICROBATCHES:
             middle[r] = float(np.median(own))
-            error[r] = 1.86 * float(np.median(np.abs(own - middle[r]))) / float(own.size) ** 0.5
+            error[r] = 1.86 * float(np.median(np.abs(own - middle[r]))) / math.sqrt(own.size)
     known = sorted(value for value in middle if value == value)
     if len(known) < 2:
         return before

@@ -7,6 +7,7 @@ All ranks must compute the same cost model from the same timings. BLAS and LAPAC
 processors; the basic operations of Python's floats do not. So the few hundred of them are done one by one.
 """
 
+import math
 from collections.abc import Sequence
 from itertools import product
 
@@ -78,7 +79,7 @@ def sines(matrix: Matrix) -> list[float]:
         matrix (`(n, n)`): the Gram matrix of the columns.
     """
     size = len(matrix)
-    scale = [matrix[i][i] ** 0.5 for i in range(size)]
+    scale = [math.sqrt(matrix[i][i]) for i in range(size)]
     found = []
     for i in range(size):
         others = [j for j in range(size) if j != i and scale[j] > 0.0]
@@ -90,5 +91,5 @@ def sines(matrix: Matrix) -> list[float]:
         cross = [matrix[i][j] / (scale[i] * scale[j]) for j in others]
         part = _solve(gram, cross) if others else []
         explained = sum(a * b for a, b in zip(part, cross, strict=True)) if part is not None else 1.0
-        found.append(max(1.0 - explained, 0.0) ** 0.5)
+        found.append(math.sqrt(max(1.0 - explained, 0.0)))
     return found

@@ -203,7 +203,9 @@ def report_of(trace: Trace, *, skip_steps: int = 1, num_microbatches: int = 5) -
     idle = sync - sync.min(axis=0)
     slowest = np.bincount(busy.argmax(axis=0), minlength=len(ranks)) / len(steps) if is_measured else None
 
-    microbatches = [found for records in table for record in records for found in microbatches_of(record)]
+    microbatches = [
+        found for records in table for record in records for found in microbatches_of(record) if found.measured_s > 0
+    ]
     scales = {
         version: float(np.median([found.ratio for found in microbatches if found.cost_version == version]))
         for version in sorted({found.cost_version for found in microbatches})

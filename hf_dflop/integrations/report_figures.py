@@ -175,7 +175,8 @@ def waiting_over_steps(trace: Trace) -> Any:
         if now != version:
             version = now
             figure.add_vline(
-                x=step, line={"color": "#52606d", "dash": "dot", "width": 1.5}, annotation_text=f"costs, version {now}",
+                x=step, line={"color": "#52606d", "dash": "dot", "width": 1.5},
+                annotation_text=f"costs, version {now}",
                 annotation_position="top right",
                 annotation_font={"size": 11, "color": "#52606d"},
             )  # fmt: skip
