@@ -4,6 +4,7 @@ What a microbatch takes is slept, in proportion to its true cost, so that a busy
 the tiny model itself computes for a few milliseconds.
 """
 
+import json
 import os
 import sys
 import tempfile
@@ -20,10 +21,10 @@ from hf_dflop.integrations.correction import KEY
 from tests.distributed import harness, tiny
 
 WORLD = int(os.environ["EXPECTED_WORLD_SIZE"])
-DATASET, SHAPES = tiny.rows(2400)
+DATASET, SHAPES = tiny.two_kinds(900)
 SPEC = ModelSpec.from_config(tiny.model().config)
 UNIT = CostModel.analytic(SPEC)
-SIZE, SLOTS = 4, 2
+SIZE, SLOTS = 6, 1
 
 
 def costs(mean_s: float, vision_speed: float = 1.0) -> CostModel:
@@ -92,7 +93,7 @@ def check_wrong_costs(mean_s: float, steps: int) -> None:
     versions = [int(log["dflop/cost_version"]) for log in fixed.state.log_history if "dflop/cost_version" in log]
     print(f"wrong costs: last {last} of {steps} steps, waiting by true costs {true}, measured {measured}")
     assert versions[-1] >= 1
-    assert true["wrong"] > true["oracle"] + 0.015, true
+    assert true["wrong"] > true["oracle"] + 0.04, true
     assert true["corrected"] <= true["oracle"] + 0.03, true
     assert true["corrected"] < (true["wrong"] + true["oracle"]) / 2, true
 
@@ -114,29 +115,26 @@ def check_resume(mean_s: float) -> None:
     """Stop where a version is declared but not yet in force; the steps until the next look are the uninterrupted's."""
     holder = [tempfile.mkdtemp()]
     broadcast_object_list(holder)
-    options: dict[str, Any] = {"correct_every": 6, "steps": 12}
-    saving = {"output_dir": holder[0], "save_strategy": "steps", "save_steps": 6, "dataloader_num_workers": 1}
+    options: dict[str, Any] = {"correct_every": 6, "steps": 18}
+    workers = {"dataloader_num_workers": 1}
+    saving = {"output_dir": holder[0], "save_strategy": "steps", "save_steps": 6} | workers
     whole = run(costs(mean_s, 2.0), mean_s, trainer_arguments=saving, **options)
-    resumed = run(
-        costs(mean_s, 2.0), mean_s, resume=f"{holder[0]}/checkpoint-6",
-        trainer_arguments={"dataloader_num_workers": 1}, **options,
-    )  # fmt: skip
-    kept = whole.state.stateful_callbacks[KEY]["attributes"]["versions"]
-    assert kept
+    checkpoint = f"{holder[0]}/checkpoint-6"
+    with open(f"{checkpoint}/trainer_state.json", encoding="utf-8") as file:
+        kept = json.load(file)["stateful_callbacks"][KEY]["attributes"]["versions"]
+    assert [version["number"] for version in kept] == [0, 1]
+    assert 6 < kept[1]["from_step"] < 18, kept[1]["from_step"]
+    resumed = run(costs(mean_s, 2.0), mean_s, resume=checkpoint, trainer_arguments=workers, **options)
     assert resumed.noted == [entry for entry in whole.noted if entry[0] >= 6]
-    logged = [
-        [log["dflop/cost_version"] for log in t.state.log_history if "dflop/cost_version" in log]
-        for t in (whole, resumed)
-    ]
-    assert logged[0][5:11] == logged[1][5:11], logged
-    assert logged[0][4] == 0, logged
-    assert logged[0][5] == 1, logged
+    logged = [log["dflop/cost_version"] for log in resumed.state.log_history if log["step"] in (7, 11) and
+              "dflop/cost_version" in log]  # fmt: skip
+    assert set(logged) == {1.0}, logged
     print("resumed between two versions: the same microbatches")
 
 
 if __name__ == "__main__":
     PartialState(cpu=True)
-    MEAN_S, STEPS = (float(sys.argv[1]), int(sys.argv[2])) if len(sys.argv) > 2 else (0.03, 36)
+    MEAN_S, STEPS = (float(sys.argv[1]), int(sys.argv[2])) if len(sys.argv) > 2 else (0.05, 36)
     check_resume(0.01)
     check_wrong_costs(MEAN_S, STEPS)
     check_slow_rank(MEAN_S, STEPS)
