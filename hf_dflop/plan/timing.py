@@ -46,62 +46,74 @@ def run(
         stage_rank, num_replicas: `(num_stages,)` int64.
         first_backward: stages before it have no backward.
         seconds: `(4, S, R, M)`. transfer: `(2, S, R, M)`, from the stage forward (0) and back (1).
-        data_ready: `(R, M)`, when the first stage's input is there.
+        data_ready: `(R, M)`, when the first stage's m-th input is there.
         floor: `(4, S)`, the least that an action takes.
         lockstep: replicas that run each action together (1: none).
         bridge: the stage whose replicas feed another number of replicas of the next; -1: none.
         forward_from: `(R, M, 2)` int64, first and last + 1 replica of stage `bridge` that feed a replica of the next.
         backward_from: `(R, M, 2)`, the same from the stage after the bridge back to it.
         position: `(M,)`, which microbatch's seconds the m-th place of the order has.
-        start, end: `(4, S, R, M)` to be filled, by place. free: `(P, R)` to be filled: when each rank has done all.
+        start, end: `(4, S, R, M)` to be filled, or empty arrays. free: `(P, R)` to be filled: when each rank has done all.
     """
     num_stages = stage_rank.size
     num_lines = seconds.shape[2]
-    arrive = np.zeros((2, num_stages, num_lines, seconds.shape[3]))
+    arrive = np.zeros((2, num_stages, seconds.shape[3], num_lines))
     link = np.zeros((2, num_stages, num_lines))
+    begins = np.zeros(num_lines)
     free[:] = 0.0
+    keep = start.size > 0
     for a in range(stage.size):
         s, k, m = stage[a], kind[a], microbatch[a]
         at = position[m]
         rank = stage_rank[s]
         count = num_replicas[s]
+        least = floor[k, s]
+        way = 0 if k == 0 else 1
+        before = s - 1 if k == 0 else s + 1  # the stage that the input comes from
+        waits = before >= 0 if k == 0 else k != 3 and before < num_stages
+        sends = k == 0 or (k != 3 and s > first_backward)
+        bridged = (k == 0 and before == bridge) or (k != 0 and s == bridge)
         for r in range(count):
             begin = free[rank, r]
-            if k == 0:
-                if s == 0:
-                    begin = max(begin, data_ready[r, at])
-                elif s - 1 == bridge:
-                    for v in range(forward_from[r, at, 0], forward_from[r, at, 1]):
-                        begin = max(begin, arrive[0, s - 1, v, m])
-                else:
-                    begin = max(begin, arrive[0, s - 1, r, m])
-            elif k != 3 and s + 1 < num_stages:
-                if s == bridge:
-                    for d in range(backward_from[r, at, 0], backward_from[r, at, 1]):
-                        begin = max(begin, arrive[1, s + 1, d, m])
-                else:
-                    begin = max(begin, arrive[1, s + 1, r, m])
-            start[k, s, r, m] = begin
+            if waits:
+                if bridged:
+                    low = forward_from[r, at, 0] if k == 0 else backward_from[r, at, 0]
+                    high = forward_from[r, at, 1] if k == 0 else backward_from[r, at, 1]
+                    for other in range(low, high):
+                        if arrive[way, before, m, other] > begin:
+                            begin = arrive[way, before, m, other]
+                elif arrive[way, before, m, r] > begin:
+                    begin = arrive[way, before, m, r]
+            elif k == 0 and data_ready[r, m] > begin:
+                begin = data_ready[r, m]
+            begins[r] = begin
+        if lockstep > 1:
+            for group in range(0, count, lockstep):
+                begin = begins[group]
+                for r in range(group + 1, group + lockstep):
+                    begin = max(begin, begins[r])
+                begins[group : group + lockstep] = begin
         for r in range(count):
-            took = max(seconds[k, s, r, at], floor[k, s])
-            begin = start[k, s, r, m]
+            took = seconds[k, s, r, at]
             if lockstep > 1:
                 group = r - r % lockstep
-                for other in range(group, min(group + lockstep, count)):
-                    begin = max(begin, start[k, s, other, m])
+                for other in range(group, group + lockstep):
                     took = max(took, seconds[k, s, other, at])
-            done = begin + took
-            end[k, s, r, m] = done
+            if least > took:
+                took = least
+            done = begins[r] + took
             free[rank, r] = done
-            if k != 3:
-                way = 0 if k == 0 else 1
-                if way == 0 or s > first_backward:
-                    sent = done
-                    length = transfer[way, s, r, at]
-                    if length > 0.0:
-                        sent = max(done, link[way, s, r]) + length
-                        link[way, s, r] = sent
-                    arrive[way, s, r, m] = sent
+            if keep:
+                start[k, s, r, at] = begins[r]
+                end[k, s, r, at] = done
+            if sends:
+                length = transfer[way, s, r, at]
+                if length > 0.0:
+                    if link[way, s, r] > done:
+                        done = link[way, s, r]
+                    done += length
+                    link[way, s, r] = done
+                arrive[way, s, m, r] = done
 
 
 @njit(cache=True, nogil=True)
@@ -235,7 +247,7 @@ def _random(state):
 @njit(cache=True, nogil=True)
 def step_s(run_args, finish_args, position, start, end, free, ends):
     """Seconds of a step with the microbatches in the order `position`."""
-    stage, kind, microbatch, stage_rank, num_replicas, first_backward, seconds = run_args[:7]
+    stage, kind, microbatch, _, _, _, seconds = run_args[:7]
     run(*run_args, position, start, end, free)
     num_rank_replicas, reduce, reduce_tail, last_action, optimizer = finish_args
     last_backward = np.zeros(free.shape)
@@ -245,6 +257,16 @@ def step_s(run_args, finish_args, position, start, end, free, ends):
             for r in range(num_rank_replicas[p]):
                 last_backward[p, r] = seconds[kind[a], stage[a], r, position[microbatch[a]]]
     return finish(free, num_rank_replicas, reduce, reduce_tail, last_backward, optimizer, ends)
+
+
+@njit(cache=True, nogil=True)
+def batch(run_args, finish_args, position, seconds, start, end, free, ends):
+    """Seconds of many steps: `seconds` (N, 4, S, R, M) in place of those of `run_args`; -> (N,)."""
+    found = np.empty(seconds.shape[0])
+    for i in range(seconds.shape[0]):
+        args = (*run_args[:6], seconds[i], *run_args[7:])
+        found[i] = step_s(args, finish_args, position, start, end, free, ends)
+    return found
 
 
 @njit(cache=True, nogil=True)
