@@ -124,7 +124,7 @@ class Durations:
             if given is None:
                 continue
             rows = _rows(given, ("transfer_s", "gradient_transfer_s")[way])
-            wanted = [shape for shape in (shapes[1:] if way else shapes[:-1])]
+            wanted = shapes[1:] if way else shapes[:-1]
             if [row.shape for row in rows] != wanted:
                 raise PlanError(
                     f"{'gradient_transfer_s' if way else 'transfer_s'} has the shapes {[row.shape for row in rows]}; "

@@ -53,7 +53,8 @@ def run(
         forward_from: `(R, M, 2)` int64, first and last + 1 replica of stage `bridge` that feed a replica of the next.
         backward_from: `(R, M, 2)`, the same from the stage after the bridge back to it.
         position: `(M,)`, which microbatch's seconds the m-th place of the order has.
-        start, end: `(4, S, R, M)` to be filled, or empty arrays. free: `(P, R)` to be filled: when each rank has done all.
+        start, end: `(4, S, R, M)` to be filled, or empty arrays.
+        free: `(P, R)` to be filled: when each rank has done all.
     """
     num_stages = stage_rank.size
     num_lines = seconds.shape[2]
