@@ -4,6 +4,7 @@
     DflopCallback     pass it to `Trainer`, and every rank finishes its step together
     PackedCollator    joins the samples of a microbatch into one row without padding
     CostModel         shapes → seconds per module
+    simulate          what a plan's steps take on a dataset, and why ranks wait
     balance.assign    the partitioner that the callback runs
 
 Importing this module imports neither torch nor transformers: every public name is loaded when first used.
@@ -20,11 +21,14 @@ _EXPORTS = {
     "DflopCallback": "hf_dflop.integrations",
     "DflopError": "hf_dflop.errors",
     "ModelSpec": "hf_dflop.cost",
+    "Network": "hf_dflop.plan.network",
     "PackedCollator": "hf_dflop.data",
+    "Plan": "hf_dflop.plan.plan",
     "Shapes": "hf_dflop.shapes",
     "VisionLanguageCollator": "hf_dflop.data",
     "check_packing": "hf_dflop.data",
     "profile_dataset": "hf_dflop.profile",
+    "simulate": "hf_dflop.plan.simulation",
 }
 _MODULES = ("balance", "cost", "errors", "shapes")
 
@@ -35,6 +39,9 @@ if TYPE_CHECKING:
     from hf_dflop.data import PackedCollator, VisionLanguageCollator, check_packing
     from hf_dflop.errors import DflopError
     from hf_dflop.integrations import DflopCallback
+    from hf_dflop.plan.network import Network
+    from hf_dflop.plan.plan import Plan
+    from hf_dflop.plan.simulation import simulate
     from hf_dflop.profile import DatasetProfile, profile_dataset
     from hf_dflop.shapes import Shapes
 

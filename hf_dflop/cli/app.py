@@ -5,6 +5,7 @@ import sys
 import typer
 
 from hf_dflop.cli.profile import merge, profile
+from hf_dflop.cli.simulate import simulate
 from hf_dflop.errors import DflopError
 
 __all__ = ["app", "main"]
@@ -19,6 +20,7 @@ app = typer.Typer(
 )
 app.command()(profile)
 app.command()(merge)
+app.command()(simulate)
 
 
 @app.callback()

@@ -1,13 +1,17 @@
 """Planning: layouts of a model over ranks and of a step over time, and how long a step takes, without torch."""
 
 from hf_dflop.plan.actions import Action, Kind, Order
+from hf_dflop.plan.calibration import Calibration
 from hf_dflop.plan.check_order import check_order, dry_run
 from hf_dflop.plan.choose_order import ChosenOrder, choose_order, data_aware_order
 from hf_dflop.plan.compiled import CompiledOrder, batch_seconds, compile_order, compile_schedule, step_seconds
 from hf_dflop.plan.durations import Durations
+from hf_dflop.plan.network import Communication, Network
 from hf_dflop.plan.orders import ORDERS, format_order, make_order, parse_order, stage_ranks
 from hf_dflop.plan.plan import PLACEMENTS, PLAN_SCHEMA_VERSION, SCHEDULES, ModulePlan, Plan
 from hf_dflop.plan.simulate import simulate_order
+from hf_dflop.plan.simulation import Simulation
+from hf_dflop.plan.step import PlannedStep, plan_step
 from hf_dflop.plan.timeline import CAUSES, TimedAction, Timeline
 
 __all__ = [
@@ -17,13 +21,18 @@ __all__ = [
     "PLAN_SCHEMA_VERSION",
     "SCHEDULES",
     "Action",
+    "Calibration",
     "ChosenOrder",
+    "Communication",
     "CompiledOrder",
     "Durations",
     "Kind",
     "ModulePlan",
+    "Network",
     "Order",
     "Plan",
+    "PlannedStep",
+    "Simulation",
     "TimedAction",
     "Timeline",
     "batch_seconds",
@@ -36,6 +45,7 @@ __all__ = [
     "format_order",
     "make_order",
     "parse_order",
+    "plan_step",
     "simulate_order",
     "stage_ranks",
     "step_seconds",

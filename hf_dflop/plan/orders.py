@@ -88,23 +88,29 @@ def _dealt_round(stage_rank: Ranks, num_microbatches: int, *, split: bool) -> Or
 
 
 def stage_ranks(
-    num_llm_ranks: int, num_llm_stages: int, *, num_vision_stages: int = 0, colocated: bool = False
+    num_llm_ranks: int,
+    num_llm_stages: int,
+    *,
+    num_vision_ranks: int = 0,
+    num_vision_stages: int | None = None,
+    colocated: bool = False,
 ) -> Ranks:
     """Pipeline rank of each stage, the encoder's first.
 
     Args:
         num_llm_ranks (`int`), num_llm_stages (`int`): of the LLM; stage s on its rank s mod `num_llm_ranks`.
-        num_vision_stages (`int`): of the encoder, each on a rank of its own before the LLM's.
+        num_vision_ranks (`int`), num_vision_stages (`int`): the same of the encoder, on ranks before the LLM's.
         colocated (`bool`): the encoder is one stage on the rank of the LLM's first.
 
     Example:
-        >>> stage_ranks(2, 4, num_vision_stages=1), stage_ranks(2, 2, colocated=True)
+        >>> stage_ranks(2, 4, num_vision_ranks=1), stage_ranks(2, 2, colocated=True)
         ((0, 1, 2, 1, 2), (0, 0, 1))
     """
     llm = [stage % num_llm_ranks for stage in range(num_llm_stages)]
     if colocated:
         return (0, *llm)
-    return (*range(num_vision_stages), *(num_vision_stages + rank for rank in llm))
+    vision = [stage % num_vision_ranks for stage in range(num_vision_stages or num_vision_ranks)]
+    return (*vision, *(num_vision_ranks + rank for rank in llm))
 
 
 def make_order(
