@@ -7,7 +7,7 @@ Assumptions: ranks fill nodes in their order; a transfer has its link to itself;
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -19,11 +19,11 @@ __all__ = ["Communication", "Network"]
 class Communication(Protocol):
     """What the simulator asks of a cluster."""
 
-    def send_s(self, num_bytes: float, sender: int, receiver: int) -> float:
-        """Seconds until `num_bytes` of rank `sender` are on rank `receiver`."""
+    def send_s(self, num_bytes: Any, sender: Any, receiver: Any) -> Any:
+        """Seconds until `num_bytes` of rank `sender` are on rank `receiver`; numbers, or arrays of messages."""
 
-    def all_reduce_s(self, num_bytes: float, ranks: Sequence[int]) -> float:
-        """Seconds to sum `num_bytes` over ranks; gathering or scattering them takes half."""
+    def all_reduce_s(self, num_bytes: Any, ranks: Sequence[int]) -> Any:
+        """Seconds to sum `num_bytes` (as above) over ranks; gathering or scattering them takes half."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,14 +57,19 @@ class Network:
             )
 
     def _bytes_per_s(self, ranks: Sequence[int]) -> float:
-        one_node = len({rank // self.gpus_per_node for rank in ranks}) == 1
+        first = ranks[0] // self.gpus_per_node
+        one_node = all(rank // self.gpus_per_node == first for rank in ranks)
         return self.intra_bytes_per_s if one_node else self.inter_bytes_per_s
 
-    def send_s(self, num_bytes: float, sender: int, receiver: int) -> float:
+    def send_s(self, num_bytes: Any, sender: Any, receiver: Any) -> Any:
         """See `Communication`."""
-        return self.latency_s + num_bytes / self._bytes_per_s((sender, receiver)) if sender != receiver else 0.0
+        sender, receiver = np.asarray(sender), np.asarray(receiver)
+        one_node = sender // self.gpus_per_node == receiver // self.gpus_per_node
+        bandwidth = np.where(one_node, self.intra_bytes_per_s, self.inter_bytes_per_s)
+        seconds = np.where(sender == receiver, 0.0, self.latency_s + num_bytes / bandwidth)
+        return seconds if seconds.ndim else float(seconds)
 
-    def all_reduce_s(self, num_bytes: float, ranks: Sequence[int]) -> float:
+    def all_reduce_s(self, num_bytes: Any, ranks: Sequence[int]) -> Any:
         """See `Communication`."""
         size = len(ranks)
         if size < 2:

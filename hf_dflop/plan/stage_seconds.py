@@ -130,28 +130,34 @@ def share_images(shapes: Shapes, groups: Groups, num_encoders: int, *, own: bool
     """
     num_llm, num_microbatches = len(groups), len(groups[0])
     owner = np.full(len(shapes), -1, dtype=np.int64)
-    forward = np.zeros((num_llm, num_microbatches, 2), dtype=np.int64)
-    backward = np.zeros((num_encoders, num_microbatches, 2), dtype=np.int64)
-    rows = shapes.image_tokens
-    for m in range(num_microbatches):
-        picked = [np.asarray(groups[d][m], dtype=np.int64) for d in range(num_llm)]
-        picked = [samples[rows[samples] > 0] for samples in picked]
-        replica = np.repeat(np.arange(num_llm), [samples.size for samples in picked])
-        samples = np.concatenate(picked)
-        if not samples.size:
-            continue
-        if own:
-            part = replica
-        else:  # the part in whose even share of the rows a sample's middle lies
-            count = rows[samples]
-            middle = 2 * (np.cumsum(count) - count) + count
-            part = np.minimum(num_encoders - 1, middle * num_encoders // (2 * int(count.sum())))
-        owner[samples] = part
-        for table, of, by in ((forward, replica, part), (backward, part, replica)):
-            for one in np.unique(of):
-                found = by[of == one]
-                table[one, m] = found.min(), found.max() + 1
+    parts = [np.asarray(groups[d][m], dtype=np.int64) for m in range(num_microbatches) for d in range(num_llm)]
+    sizes = np.array([part.size for part in parts])
+    samples = np.concatenate(parts)
+    place = np.repeat(np.arange(sizes.size), sizes)
+    has_image = shapes.image_tokens[samples] > 0
+    samples, place = samples[has_image], place[has_image]
+    microbatch, replica = place // num_llm, place % num_llm
+    if own:
+        part = replica
+    else:  # the part in whose even share of the microbatch's rows a sample's middle lies
+        rows = shapes.image_tokens[samples]
+        total = np.bincount(microbatch, rows, num_microbatches).astype(np.int64)
+        before = np.concatenate([[0], np.cumsum(total)[:-1]])
+        middle = 2 * (np.cumsum(rows) - rows - before[microbatch]) + rows
+        part = np.minimum(num_encoders - 1, middle * num_encoders // (2 * total[microbatch]))
+    owner[samples] = part
+    forward = _ranges(replica, microbatch, part, (num_llm, num_microbatches))
+    backward = _ranges(part, microbatch, replica, (num_encoders, num_microbatches))
     return owner, forward, backward
+
+
+def _ranges(of: Any, microbatch: Any, by: Any, shape: tuple[int, int]) -> npt.NDArray[np.int64]:
+    """First and last + 1 of `by` for each (`of`, microbatch): `(*shape, 2)`; 0, 0 where there is none."""
+    low = np.full(shape, np.iinfo(np.int64).max)
+    high = np.zeros(shape, dtype=np.int64)
+    np.minimum.at(low, (of, microbatch), by)
+    np.maximum.at(high, (of, microbatch), by + 1)
+    return np.stack([np.where(high > 0, low, 0), high], axis=-1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

@@ -246,12 +246,14 @@ def rank_of_line(plan: Plan, pipeline_rank: int, replica: int) -> int:
     return _rank(plan, plan_stage_ranks(plan).index(pipeline_rank), replica)
 
 
-def _rank(plan: Plan, stage: int, replica: int) -> int:
-    """The plan's rank of a stage (of all), its first shard."""
+def _rank(plan: Plan, stage: int, replica: Any) -> Any:
+    """The plan's rank of a stage (of all), its first shard; for one replica or an array of them."""
     num_vision = plan.vision.num_stages
-    if stage < num_vision and plan.placement == "disjoint":
-        return plan.vision_ranks[plan.vision.rank(stage=stage, replica=replica)]
-    return plan.llm_ranks[plan.llm.rank(stage=max(0, stage - num_vision), replica=replica)]
+    disjoint = plan.placement == "disjoint"
+    if stage < num_vision and disjoint:
+        return plan.vision.rank(stage=stage, replica=replica)
+    first = plan.vision.num_ranks if disjoint else 0
+    return first + plan.llm.rank(stage=max(0, stage - num_vision), replica=replica)
 
 
 def _transfers(
@@ -268,20 +270,17 @@ def _transfers(
         tp = plan.vision.tp if inside or bridge else plan.llm.tp
         for way, sender, receiver in ((0, stage, stage + 1), (1, stage + 1, stage)):
             count = replicas[sender]
-            seconds = np.zeros((count, plan.num_microbatches))
-            for r in range(count):
-                there = r * replicas[receiver] // count
-                if inside or (bridge and way == 0):  # an encoder replica's share of all image tokens
-                    positions = stages.image_tokens.sum(axis=0) / plan.vision.dp
-                    positions = positions * cost.spec.connector.merge if inside else positions
-                elif bridge:
-                    positions = stages.image_tokens[r]
-                else:
-                    positions = stages.llm_tokens[r]
-                ends = (_rank(plan, sender, r), _rank(plan, receiver, there))
-                for m, count_m in enumerate(positions):
-                    if count_m:
-                        seconds[r, m] = communication.send_s(float(count_m) * width * wire_bytes / tp, *ends)
+            own = np.arange(count)[:, None]
+            if inside or (bridge and way == 0):  # an encoder replica's share of all image tokens
+                positions = stages.image_tokens.sum(axis=0, keepdims=True) / plan.vision.dp
+                positions = positions * cost.spec.connector.merge if inside else positions
+            elif bridge:
+                positions = stages.image_tokens
+            else:
+                positions = stages.llm_tokens
+            ends = (_rank(plan, sender, own), _rank(plan, receiver, own * replicas[receiver] // count))
+            sent = communication.send_s(positions * (width * wire_bytes / tp), *ends)
+            seconds = np.where(positions > 0, sent, 0.0)
             ways[way].append(seconds)
     return {"transfer_s": ways[0], "gradient_transfer_s": ways[1]} if num_stages > 1 else {}
 
@@ -338,10 +337,8 @@ def _add_collectives(
             positions = np.broadcast_to(images, forward[stage].shape)
         else:
             positions = stages.llm_tokens
-        flat = [
-            communication.all_reduce_s(float(n) * width * wire_bytes, shards) if n else 0.0 for n in positions.flat
-        ]
-        seconds = 2.0 * number * np.reshape(flat, positions.shape)
+        summed = communication.all_reduce_s(positions * (width * wire_bytes), shards)
+        seconds = 2.0 * number * np.where(positions > 0, summed, 0.0)
         forward[stage] = forward[stage] + seconds
         if backward[stage].any():
             backward[stage] = backward[stage] + seconds * (2.0 if module.checkpointing else 1.0)
