@@ -14,6 +14,7 @@ weight part, where the backward is split).
 """
 
 import heapq
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -83,6 +84,7 @@ def simulate_order(order: Order, durations: Durations, *, activation_bytes: Sequ
         lines=tuple(lines),
         step_s=step_s,
         end_s=np.array([ends[line] for line in lines]),
+        reduced_s=np.array([ends[line] - finish_args[4][line[0]] for line in lines]),
         busy_s=busy,
         idle_s=_idle(compiled, durations, lines, step_s, busy),
         peak_in_flight=peak_in_flight,
@@ -202,7 +204,7 @@ def _reduce(
 def _peaks(
     order: Order, durations: Durations, lines: list[tuple[int, int]], activation_bytes: Sequence[Any] | None
 ) -> tuple[npt.NDArray[np.int64], FloatArray | None]:
-    """Most (stage, microbatch) in flight at once, and most bytes, on each line."""
+    """Most microbatches in flight at once, and most bytes, on each line."""
     held = np.zeros((durations.num_stages, durations.seconds.shape[2], durations.num_microbatches))
     if activation_bytes is not None:
         if len(activation_bytes) != durations.num_stages:
@@ -212,18 +214,24 @@ def _peaks(
     in_flight = np.zeros(len(lines), dtype=np.int64)
     most = np.zeros(len(lines))
     for i, (rank, replica) in enumerate(lines):
-        count, total = 0, 0.0
+        open_stages: Counter[int] = Counter()  # microbatch -> stages that hold it
+        total = 0.0
         trained = {action.stage for action in order[rank] if action.kind is not Kind.FORWARD}
         for action in order[rank]:
             here = held[action.stage, replica, action.microbatch]
             if action.kind is Kind.FORWARD:
-                in_flight[i] = max(in_flight[i], count + 1)
+                others = sum(1 for microbatch in open_stages if microbatch != action.microbatch)
+                in_flight[i] = max(in_flight[i], others + 1)
                 most[i] = max(most[i], total + here)
                 if action.stage not in trained:
                     continue
-                count, total = count + 1, total + here
+                open_stages[action.microbatch] += 1
+                total += here
             elif action.kind is not Kind.BACKWARD_INPUT:
-                count, total = count - 1, total - here
+                open_stages[action.microbatch] -= 1
+                if not open_stages[action.microbatch]:
+                    del open_stages[action.microbatch]
+                total -= here
     return in_flight, most if activation_bytes is not None else None
 
 

@@ -21,7 +21,7 @@ from hf_dflop.plan.calibration import Calibration
 from hf_dflop.plan.network import Communication
 from hf_dflop.plan.plan import Plan
 from hf_dflop.plan.simulate import simulate_order
-from hf_dflop.plan.step import PlannedStep, plan_step, rank_of_line
+from hf_dflop.plan.step import plan_step, rank_of_line
 from hf_dflop.plan.timeline import CAUSES, Timeline
 from hf_dflop.shapes import Shapes
 
@@ -205,7 +205,11 @@ def simulate(
             seed=step,
         )
         planning_s.append(time.perf_counter() - begin)
-        timeline = simulate_order(planned.order, planned.durations, activation_bytes=_tokens(plan, planned))
+        timeline = simulate_order(
+            planned.order,
+            planned.durations,
+            activation_bytes=stage_tokens(plan, planned.llm_tokens, planned.image_tokens),
+        )
         assert timeline.peak_bytes is not None
         timelines.append(timeline)
         peaks.append(timeline.peak_bytes)
@@ -240,10 +244,9 @@ def draw_batches(num_samples: int, batch_size: int, num_steps: int, *, seed: int
         yield order[at * batch_size : (at + 1) * batch_size]
 
 
-def _tokens(plan: Plan, planned: PlannedStep) -> list[FloatArray]:
-    """Tokens that each stage holds of a microbatch; a rank with several stages counts its microbatch once."""
-    llm = planned.llm_tokens
-    image = np.repeat(planned.image_tokens.sum(axis=0, keepdims=True) / plan.vision.dp, plan.vision.dp, axis=0)
+def stage_tokens(plan: Plan, llm: FloatArray, images: FloatArray) -> list[FloatArray]:
+    """Tokens that each stage holds of a microbatch: the LLM's, and image tokens of an encoder on its own ranks."""
+    image = np.repeat(images.sum(axis=0, keepdims=True) / plan.vision.dp, plan.vision.dp, axis=0)
     first = plan.placement == "disjoint"
     vision = [image if first else np.zeros_like(llm)] * plan.vision.num_stages
     return vision + [llm] * plan.llm.num_stages
