@@ -20,7 +20,7 @@ import numpy.typing as npt
 from hf_dflop.cost import CostModel
 from hf_dflop.errors import DatasetError
 from hf_dflop.plan.actions import Action, Kind, Order
-from hf_dflop.plan.calibration import ACTION_KINDS, Calibration, fit_nonnegative
+from hf_dflop.plan.calibration import ACTION_KINDS, Calibration, fit_relative
 from hf_dflop.plan.network import Communication
 from hf_dflop.plan.orders import make_order
 from hf_dflop.plan.plan import Plan
@@ -266,7 +266,7 @@ def _fit(plan: Plan, runs: Sequence[_Run], cost: CostModel) -> Calibration:
     if slots.size and (slots > 0).all():
         vision = np.concatenate([_module(plan, run, "vision") for run in runs])
         llm = np.concatenate([_module(plan, run, "llm") for run in runs])
-        by_vision, by_llm, microbatch_s = fit_nonnegative(
+        by_vision, by_llm, microbatch_s = fit_relative(
             np.column_stack([vision, llm, np.ones(slots.size)]), slots
         ).tolist()
         factors = {kind: by_vision if kind.startswith("vision") else by_llm for kind in ACTION_KINDS}
@@ -274,7 +274,7 @@ def _fit(plan: Plan, runs: Sequence[_Run], cost: CostModel) -> Calibration:
         pairs = [_pairs(plan, run, kind, None) for run in runs]
         measured, predicted = (np.concatenate([pair[i] for pair in pairs]) for i in (0, 1))
         if measured.size >= 4:
-            factors[kind], offsets[kind] = fit_nonnegative(
+            factors[kind], offsets[kind] = fit_relative(
                 np.column_stack([predicted, np.ones(measured.size)]), measured
             ).tolist()
     return Calibration(
