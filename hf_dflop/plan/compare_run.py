@@ -25,10 +25,11 @@ from hf_dflop.plan.network import Communication
 from hf_dflop.plan.orders import make_order
 from hf_dflop.plan.plan import Plan
 from hf_dflop.plan.recorded import RankStep, RecordedStep
-from hf_dflop.plan.simulate import simulate_order
+from hf_dflop.plan.simulate import most_in_flight, simulate_order
 from hf_dflop.plan.simulation import Simulation, stage_tokens
 from hf_dflop.plan.stage_seconds import StageSeconds, first_backward_stage, sample_seconds, stage_seconds
 from hf_dflop.plan.step import calibrated, plan_stage_ranks, rank_of_line, step_durations
+from hf_dflop.plan.step_memory import StepMemory, step_memory
 from hf_dflop.plan.timeline import Timeline
 from hf_dflop.shapes import Shapes
 
@@ -155,7 +156,8 @@ def compare_run(
         plan=plan,
         timelines=timelines,
         num_samples=sum(len(group) for group in runs[0].groups),
-        peak_tokens=np.max([np.asarray(timeline.peak_bytes) for timeline in timelines], axis=0),
+        peak_tokens=np.max([_tokens(plan, run) for run in runs], axis=0),
+        peak_bytes=np.max([run.memory.peak_bytes(line) for run, line in zip(runs, timelines, strict=True)], axis=0),
         planning_s=0.0,
     )
     return Comparison(kinds=tuple(kinds), calibration=fitted, num_steps=len(steps), replayed=replayed)
@@ -168,6 +170,7 @@ class _Run:
     groups: tuple[tuple[int, ...], ...]
     """Samples of every microbatch of every replica."""
     stages: StageSeconds
+    memory: StepMemory
     slot_s: FloatArray
     """`(num_llm_replicas, num_microbatches)` measured; empty where actions were recorded."""
     actions: tuple[tuple[int, Action, float], ...]
@@ -225,6 +228,7 @@ def _predict(plan: Plan, cost: CostModel, shapes: Shapes, step: RecordedStep) ->
     return _Run(
         groups=tuple(tuple(group) for rank in groups for group in rank),
         stages=stages,
+        memory=step_memory(plan, cost.spec, batch, local),
         slot_s=np.array(slots) if len(slots) == plan.llm.dp else np.zeros((0, plan.num_microbatches)),
         actions=tuple(actions),
         sync_s=min(rank.sync_end_s - _last(rank) for rank in step.ranks),
@@ -313,21 +317,28 @@ def _play(
         optimizer_s=optimizer_s,
         calibration=calibration,
     )
+    return simulate_order(_order(plan, run), durations, activation_bytes=run.memory.kept)
+
+
+def _order(plan: Plan, run: _Run) -> Order:
+    """As it ran, where actions were recorded; otherwise the plan's."""
     ranks = plan_stage_ranks(plan)
-    if run.actions:  # as it ran
+    if run.actions:
         order: Order = [[] for _ in range(max(ranks) + 1)]
         for replica, action, _ in run.actions:
             if replica == 0:
                 order[ranks[action.stage]].append(action)
-    else:
-        order = make_order(
-            plan.schedule,
-            stage_rank=ranks,
-            num_microbatches=plan.num_microbatches,
-            first_backward_stage=first_backward_stage(plan),
-        )
-    tokens = stage_tokens(plan, run.stages.llm_tokens, run.stages.image_tokens)
-    return simulate_order(order, durations, activation_bytes=tokens)
+        return order
+    return make_order(
+        plan.schedule,
+        stage_rank=ranks,
+        num_microbatches=plan.num_microbatches,
+        first_backward_stage=first_backward_stage(plan),
+    )
+
+
+def _tokens(plan: Plan, run: _Run) -> FloatArray:
+    return most_in_flight(_order(plan, run), stage_tokens(plan, run.stages.llm_tokens, run.stages.image_tokens))
 
 
 def _median(values: Sequence[float]) -> float | None:

@@ -1,6 +1,7 @@
 """`hf-dflop simulate` from end to end."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -11,13 +12,19 @@ from hf_dflop.profile import DatasetProfile
 from tests.unit.plan import example
 
 
+@pytest.fixture(scope="module")
+def profile(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "profile"
+    DatasetProfile.from_shapes(example.shapes(), spec=example.spec()).save(path)
+    return path
+
+
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    data = example.shapes()
-    DatasetProfile.from_shapes(data, spec=example.spec()).save(tmp_path / "profile")
+def folder(tmp_path: Path, profile: Path) -> Path:
+    shutil.copytree(profile, tmp_path / "profile")
     example.plan().save(tmp_path / "plan.json")
     example.replicated().save(tmp_path / "ddp.json")
-    example.record_run(tmp_path / "run", data, vision=2, llm=1, microbatch_s=0.01, noise=0.01)
+    example.record_run(tmp_path / "run", example.shapes(), vision=2, llm=1, microbatch_s=0.01, noise=0.01)
     return tmp_path
 
 
