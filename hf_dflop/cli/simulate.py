@@ -116,13 +116,14 @@ def simulate(
             optimizer_s=optimizer_s,
             calibration=calibration,
         )
+    shown = simulation if comparison is None else comparison.replayed
     # everything is computed before anything is written
     written: dict[Path, str] = {}
     if trace is not None:
-        events = [*simulated_events(simulation), *recorded_events(recorded, layout)]
+        events = [*simulated_events(shown), *recorded_events(recorded, layout)]
         written[trace] = json.dumps(chrome_trace(events)) + "\n"
     if html is not None:
-        written[html] = timeline_page(simulation, recorded=recorded, comparison=comparison)
+        written[html] = timeline_page(shown, recorded=recorded, comparison=comparison)
     for path, content in written.items():
         path.write_text(content, encoding="utf-8")
     if save_calibration and comparison is not None:

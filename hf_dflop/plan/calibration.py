@@ -9,16 +9,16 @@ Source: least squares on relative errors, with factors and offsets >= 0.
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from hf_dflop.cost.fit import nnls
 from hf_dflop.errors import PlanError
 
-__all__ = ["ACTION_KINDS", "Calibration", "fit_nonnegative"]
+__all__ = ["ACTION_KINDS", "Calibration", "fit_relative"]
 
 CALIBRATION_SCHEMA_VERSION = 1
 
@@ -93,33 +93,21 @@ class Calibration:
     def load(cls, path: str | Path) -> "Calibration":
         """Read what `save` wrote; raises what `from_dict` raises."""
         try:
-            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as error:
-            if isinstance(error, PlanError):
-                raise
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except ValueError as error:
             raise PlanError(f"{path} is not a calibration ({error}).") from error
+        if not isinstance(data, dict):
+            raise PlanError(f"{path} is not a calibration: it is not a JSON object.")
+        return cls.from_dict(data)
 
 
-def fit_nonnegative(columns: FloatArray, measured: FloatArray) -> FloatArray:
-    """Coefficients >= 0 with the least squared relative error of `columns @ coefficients`.
+def fit_relative(columns: FloatArray, measured: FloatArray) -> FloatArray:
+    """Coefficients >= 0 with the least squared relative error of `columns @ coefficients`, `(num_columns,)`.
 
     Args:
-        columns: `(num_points, num_columns)`, at most a handful of columns. measured: `(num_points,)`, > 0.
-
-    Returns:
-        `(num_columns,)`: the best of all subsets of columns, which is the exact answer.
+        columns: `(num_points, num_columns)`. measured: `(num_points,)`, > 0.
     """
     scaled = columns / measured[:, None]
-    target = np.ones(measured.size)
-    best, best_error = np.zeros(columns.shape[1]), float(measured.size)
-    for size in range(1, columns.shape[1] + 1):
-        for chosen in combinations(range(columns.shape[1]), size):
-            part = scaled[:, chosen]
-            coefficients = np.linalg.lstsq(part, target, rcond=None)[0]
-            if (coefficients < 0).any():
-                continue
-            error = float(((part @ coefficients - target) ** 2).sum())
-            if error < best_error - 1e-12:
-                best, best_error = np.zeros(columns.shape[1]), error
-                best[list(chosen)] = coefficients
-    return best
+    size = np.abs(scaled).max(axis=0)
+    size[size == 0] = 1.0
+    return nnls(scaled / size, np.ones(measured.size)) / size

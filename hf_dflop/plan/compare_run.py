@@ -20,14 +20,17 @@ import numpy.typing as npt
 from hf_dflop.cost import CostModel
 from hf_dflop.errors import DatasetError
 from hf_dflop.plan.actions import Action, Kind, Order
-from hf_dflop.plan.calibration import ACTION_KINDS, Calibration, fit_nonnegative
+from hf_dflop.plan.calibration import ACTION_KINDS, Calibration, fit_relative
 from hf_dflop.plan.network import Communication
 from hf_dflop.plan.orders import make_order
 from hf_dflop.plan.plan import Plan
 from hf_dflop.plan.recorded import RankStep, RecordedStep
-from hf_dflop.plan.simulate import simulate_order
+from hf_dflop.plan.simulate import most_in_flight, simulate_order
+from hf_dflop.plan.simulation import Simulation, stage_tokens
 from hf_dflop.plan.stage_seconds import StageSeconds, first_backward_stage, sample_seconds, stage_seconds
 from hf_dflop.plan.step import calibrated, plan_stage_ranks, rank_of_line, step_durations
+from hf_dflop.plan.step_memory import StepMemory, step_memory
+from hf_dflop.plan.timeline import Timeline
 from hf_dflop.shapes import Shapes
 
 __all__ = ["Comparison", "KindError", "compare_run"]
@@ -62,6 +65,8 @@ class Comparison:
     calibration: Calibration
     """Brings predictions nearer to this run."""
     num_steps: int
+    replayed: Simulation
+    """The recorded microbatches of each step, simulated, without the new calibration."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, lists and dicts."""
@@ -126,8 +131,8 @@ def compare_run(
         held_measured, held_predicted = (np.concatenate([pair[i] for pair in after]) for i in (0, 1))
         kinds.append(_error(kind, measured, predicted, _relative(held_measured, held_predicted)))
 
-    def played(run: "_Run", with_: Calibration | None) -> float:
-        return _step_s(plan, cost, run, communication, wire_bytes, optimizer_s, with_)
+    def played(run: "_Run", with_: Calibration | None) -> Timeline:
+        return _play(plan, cost, run, communication, wire_bytes, optimizer_s, with_)
 
     sync = np.array([run.sync_s for run in runs])
     own_optimizer = np.array([run.optimizer_s for run in runs])
@@ -143,18 +148,29 @@ def compare_run(
         if seen.size:
             kinds.append(_error(kind, seen, np.full(seen.size, guess), None))
     measured = np.array([run.step_s for run in runs])
-    predicted = np.array([played(run, calibration) for run in runs])
-    after_s = np.array([played(run, fitted) for run in held])
+    timelines = tuple(played(run, calibration) for run in runs)
+    predicted = np.array([timeline.step_s for timeline in timelines])
+    after_s = np.array([played(run, fitted).step_s for run in held])
     kinds.append(_error("step", measured, predicted, _relative(np.array([run.step_s for run in held]), after_s)))
-    return Comparison(kinds=tuple(kinds), calibration=fitted, num_steps=len(steps))
+    replayed = Simulation(
+        plan=plan,
+        timelines=timelines,
+        num_samples=sum(len(group) for group in runs[0].groups),
+        peak_tokens=np.max([_tokens(plan, run) for run in runs], axis=0),
+        peak_bytes=np.max([run.memory.peak_bytes(line) for run, line in zip(runs, timelines, strict=True)], axis=0),
+        planning_s=0.0,
+    )
+    return Comparison(kinds=tuple(kinds), calibration=fitted, num_steps=len(steps), replayed=replayed)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class _Run:
     """A recorded step and what was predicted of it."""
 
-    step: RecordedStep
+    groups: tuple[tuple[int, ...], ...]
+    """Samples of every microbatch of every replica."""
     stages: StageSeconds
+    memory: StepMemory
     slot_s: FloatArray
     """`(num_llm_replicas, num_microbatches)` measured; empty where actions were recorded."""
     actions: tuple[tuple[int, Action, float], ...]
@@ -210,8 +226,9 @@ def _predict(plan: Plan, cost: CostModel, shapes: Shapes, step: RecordedStep) ->
         elif len(rank.slot_end_s) == plan.num_microbatches:
             slots.append(np.diff([rank.begin_s, *rank.slot_end_s]))
     return _Run(
-        step=step,
+        groups=tuple(tuple(group) for rank in groups for group in rank),
         stages=stages,
+        memory=step_memory(plan, cost.spec, batch, local),
         slot_s=np.array(slots) if len(slots) == plan.llm.dp else np.zeros((0, plan.num_microbatches)),
         actions=tuple(actions),
         sync_s=min(rank.sync_end_s - _last(rank) for rank in step.ranks),
@@ -253,7 +270,7 @@ def _fit(plan: Plan, runs: Sequence[_Run], cost: CostModel) -> Calibration:
     if slots.size and (slots > 0).all():
         vision = np.concatenate([_module(plan, run, "vision") for run in runs])
         llm = np.concatenate([_module(plan, run, "llm") for run in runs])
-        by_vision, by_llm, microbatch_s = fit_nonnegative(
+        by_vision, by_llm, microbatch_s = fit_relative(
             np.column_stack([vision, llm, np.ones(slots.size)]), slots
         ).tolist()
         factors = {kind: by_vision if kind.startswith("vision") else by_llm for kind in ACTION_KINDS}
@@ -261,7 +278,7 @@ def _fit(plan: Plan, runs: Sequence[_Run], cost: CostModel) -> Calibration:
         pairs = [_pairs(plan, run, kind, None) for run in runs]
         measured, predicted = (np.concatenate([pair[i] for pair in pairs]) for i in (0, 1))
         if measured.size >= 4:
-            factors[kind], offsets[kind] = fit_nonnegative(
+            factors[kind], offsets[kind] = fit_relative(
                 np.column_stack([predicted, np.ones(measured.size)]), measured
             ).tolist()
     return Calibration(
@@ -281,7 +298,7 @@ def _module(plan: Plan, run: _Run, module: str) -> FloatArray:
     return np.ravel(np.sum([*run.stages.forward[chosen], *run.stages.backward[chosen]], axis=0))
 
 
-def _step_s(
+def _play(
     plan: Plan,
     cost: CostModel,
     run: _Run,
@@ -289,8 +306,8 @@ def _step_s(
     wire_bytes: int,
     optimizer_s: float,
     calibration: Calibration | None,
-) -> float:
-    """Simulated seconds of the recorded step: its microbatches in their order."""
+) -> Timeline:
+    """The recorded step, simulated: its microbatches in their order."""
     durations = step_durations(
         plan,
         cost,
@@ -300,20 +317,28 @@ def _step_s(
         optimizer_s=optimizer_s,
         calibration=calibration,
     )
+    return simulate_order(_order(plan, run), durations, activation_bytes=run.memory.kept)
+
+
+def _order(plan: Plan, run: _Run) -> Order:
+    """As it ran, where actions were recorded; otherwise the plan's."""
     ranks = plan_stage_ranks(plan)
-    if run.actions:  # as it ran
+    if run.actions:
         order: Order = [[] for _ in range(max(ranks) + 1)]
         for replica, action, _ in run.actions:
             if replica == 0:
                 order[ranks[action.stage]].append(action)
-    else:
-        order = make_order(
-            plan.schedule,
-            stage_rank=ranks,
-            num_microbatches=plan.num_microbatches,
-            first_backward_stage=first_backward_stage(plan),
-        )
-    return simulate_order(order, durations).step_s
+        return order
+    return make_order(
+        plan.schedule,
+        stage_rank=ranks,
+        num_microbatches=plan.num_microbatches,
+        first_backward_stage=first_backward_stage(plan),
+    )
+
+
+def _tokens(plan: Plan, run: _Run) -> FloatArray:
+    return most_in_flight(_order(plan, run), stage_tokens(plan, run.stages.llm_tokens, run.stages.image_tokens))
 
 
 def _median(values: Sequence[float]) -> float | None:

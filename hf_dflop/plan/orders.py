@@ -157,10 +157,12 @@ def make_order(
     return [[Action(a.stage, a.kind, wanted[a.microbatch]) for a in rank] for rank in order]
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=32)
 def _cached(schedule: str, ranks: Ranks, num_microbatches: int, first: int) -> tuple[tuple[Action, ...], ...]:
     fused = [rank for rank, _ in groupby(ranks)]
     order = ORDERS[schedule](tuple(fused), num_microbatches)
+    if first == 0 and len(fused) == len(ranks):
+        return tuple(tuple(rank) for rank in order)
     stages: list[list[int]] = [[] for _ in fused]  # fused stage -> stages
     at = -1
     for stage, rank in enumerate(ranks):

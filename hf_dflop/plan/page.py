@@ -7,6 +7,7 @@ Assumptions: at most `MAX_STEPS` steps of at most `MAX_LINES` ranks are drawn; m
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,9 @@ def timeline_page(
     """The page.
 
     Args:
-        simulation (`Simulation`): its first steps are drawn.
-        recorded (`Sequence[RecordedStep]`): steps of a run, drawn below the simulated ones: k-th beside k-th.
-        comparison (`Comparison`, *optional*): listed below.
+        simulation (`Simulation`): its first steps are drawn; beside recorded ones, `Comparison.replayed`.
+        recorded (`Sequence[RecordedStep]`): steps of a run, the k-th drawn below the k-th simulated one.
+        comparison (`Comparison`, *optional*): its differences are listed below.
         title (`str`): heading.
     """
     events = [
@@ -43,15 +44,15 @@ def timeline_page(
     for rank in ranks:
         lane = line_label(simulation.plan, rank["pipeline_rank"], rank["replica"])
         rank["label"] = f"rank {rank['rank']}: {lane}"
-    rows: list[str] = []
-    drawn = _placed(events, rows, {})
     names = {step: f"{step}: {simulation.step_s[step]:.4g} s" for step in {event.step for event in events}}
-    if recorded:
-        numbers = {step.step: i for i, step in enumerate(recorded[:MAX_STEPS])}
-        drawn += _placed(recorded_events(recorded[:MAX_STEPS], simulation.plan), rows, numbers)
-        for step in recorded[:MAX_STEPS]:
-            number = numbers[step.step]
-            names[number] = f"{names.get(number, number)}, recorded step {step.step}: {step.step_s:.4g} s"
+    shown = recorded[:MAX_STEPS]
+    for number, step in enumerate(shown):
+        names[number] = f"{step.step}: simulated {simulation.step_s[number]:.4g} s, recorded {step.step_s:.4g} s"
+    events += [
+        replace(event, step=[step.step for step in shown].index(event.step))
+        for event in recorded_events(shown, simulation.plan)
+    ]
+    rows, drawn = _placed(events, both=bool(recorded))
     plan = simulation.plan
     low, high = simulation.interval_s
     data: dict[str, Any] = {
@@ -74,25 +75,27 @@ def timeline_page(
     return template.replace("__DATA__", json.dumps(data).replace("</", "<\\/"))
 
 
-def _placed(events: Sequence[TraceEvent], rows: list[str], numbers: dict[int, int]) -> list[dict[str, Any]]:
-    """Events with their row, from the begin of their step."""
-    begins: dict[int, float] = {}
+def _placed(events: Sequence[TraceEvent], *, both: bool) -> tuple[list[str], list[dict[str, Any]]]:
+    """Names of the rows, a rank's simulated one above its recorded one; and events with their row."""
+    begins: dict[tuple[str, int], float] = {}
     for event in events:
-        begins[event.step] = min(begins.get(event.step, event.start_s), event.start_s)
-    drawn = []
-    found: dict[tuple[str, int], int] = {}
-    for source, rank, lane in sorted({(e.source, e.rank, e.lane) for e in events}, key=lambda key: key[:2]):
-        found[source, rank] = len(rows)
-        rows.append(f"rank {rank}: {lane}" if lane else f"rank {rank}, {source}")
-    for event in events:
-        drawn.append(
-            {
-                "row": found[event.source, event.rank],
-                "name": event.name,
-                "category": event.category,
-                "step": numbers.get(event.step, event.step),
-                "start": round(event.start_s - begins[event.step], 9),
-                "duration": round(event.duration_s, 9),
-            }
-        )
-    return drawn
+        key = event.source, event.step
+        begins[key] = min(begins.get(key, event.start_s), event.start_s)
+    lanes = sorted({(event.rank, event.source != "simulated", event.lane) for event in events})
+    rows = []
+    for rank, is_recorded, lane in lanes:
+        label = f"rank {rank}: {lane}" if lane else f"rank {rank}"
+        rows.append(f"{label}, {'recorded' if is_recorded else 'simulated'}" if both else label)
+    place = {(rank, is_recorded): row for row, (rank, is_recorded, _) in enumerate(lanes)}
+    drawn = [
+        {
+            "row": place[event.rank, event.source != "simulated"],
+            "name": event.name,
+            "category": event.category,
+            "step": event.step,
+            "start": round(event.start_s - begins[event.source, event.step], 9),
+            "duration": round(event.duration_s, 9),
+        }
+        for event in events
+    ]
+    return rows, drawn

@@ -16,12 +16,14 @@ import numpy as np
 import numpy.typing as npt
 
 from hf_dflop.cost import CostModel
+from hf_dflop.cost.memory import MemorySettings
 from hf_dflop.errors import PlanError
 from hf_dflop.plan.calibration import Calibration
 from hf_dflop.plan.network import Communication
 from hf_dflop.plan.plan import Plan
-from hf_dflop.plan.simulate import simulate_order
-from hf_dflop.plan.step import PlannedStep, plan_step, rank_of_line
+from hf_dflop.plan.simulate import most_in_flight, simulate_order
+from hf_dflop.plan.step import plan_step, rank_of_line
+from hf_dflop.plan.step_memory import step_memory
 from hf_dflop.plan.timeline import CAUSES, Timeline
 from hf_dflop.shapes import Shapes
 
@@ -41,6 +43,8 @@ class Simulation:
     """Samples of each step."""
     peak_tokens: FloatArray
     """`(num_lines,)`: the most LLM tokens in flight on each line, over all steps; of the encoder's, image tokens."""
+    peak_bytes: FloatArray
+    """`(num_lines,)`: the most bytes, over all steps: parameters, optimizer and what microbatches hold."""
     planning_s: float
     """Median seconds to compose a step and choose its order, here."""
 
@@ -96,6 +100,7 @@ class Simulation:
                     "idle_s": {cause: float(self.idle_s(cause)[i]) for cause in CAUSES},
                     "peak_in_flight": max(int(timeline.peak_in_flight[i]) for timeline in self.timelines),
                     "peak_tokens": int(self.peak_tokens[i]),
+                    "peak_bytes": float(self.peak_bytes[i]),
                 }
                 for i, line in enumerate(first.lines)
             ],
@@ -112,7 +117,7 @@ class Simulation:
             f"{_ms(seconds['mean_high'])}), 95 % of the steps below {_ms(seconds['p95'])}; ranks wait "
             f"{self.idle_fraction:.1%} of it",
             f"{'rank':>5} {'part':<28}{'busy':>11}{'imbalance':>11}{'fill/drain':>11}{'network':>11}{'data':>11}"
-            f"{'in flight':>11}{'tokens':>11}",
+            f"{'in flight':>11}{'tokens':>11}{'memory':>11}",
         ]
         for rank in told["ranks"][:max_lines]:
             idle = rank["idle_s"]
@@ -120,7 +125,7 @@ class Simulation:
             lines.append(
                 f"{rank['rank']:>5} {part:<28}{_ms(rank['busy_s']):>11}"
                 + "".join(f"{_ms(idle[cause]):>11}" for cause in CAUSES)
-                + f"{rank['peak_in_flight']:>11}{rank['peak_tokens']:>11,}"
+                + f"{rank['peak_in_flight']:>11}{rank['peak_tokens']:>11,}{rank['peak_bytes'] / 2**30:>7.1f} GiB"
             )
         if len(told["ranks"]) > max_lines:
             lines.append(f"... and {len(told['ranks']) - max_lines} more ranks")
@@ -154,6 +159,7 @@ def simulate(
     data_s: float = 0.0,
     optimizer_s: float = 0.0,
     calibration: Calibration | None = None,
+    memory: MemorySettings | None = None,
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> Simulation:
@@ -169,6 +175,7 @@ def simulate(
         data_s (`float`): seconds of every step until its first microbatch is there.
         optimizer_s (`float`): clipping and the optimizer.
         calibration (`Calibration`, *optional*): what a recorded run taught, see `compare_run`.
+        memory (`MemorySettings`, *optional*): formats and optimizer; bf16, fp32 master weights and AdamW.
         seed (`int`): of the draw.
         progress (*optional*): called with the number of steps done.
 
@@ -190,13 +197,14 @@ def simulate(
         raise PlanError("the plan has no global_batch_size; set it to the samples of a step.")
     if num_steps < 1:
         raise PlanError(f"num_steps is {num_steps}; simulate at least one.")
-    timelines, peaks, planning_s = [], [], []
+    timelines, tokens, peaks, planning_s = [], [], [], []
     for step, batch in enumerate(draw_batches(len(shapes), plan.global_batch_size, num_steps, seed=seed)):
         begin = time.perf_counter()
+        samples = shapes.select(batch)
         planned = plan_step(
             plan,
             cost,
-            shapes.select(batch),
+            samples,
             communication=communication,
             wire_bytes=wire_bytes,
             data_s=data_s,
@@ -205,17 +213,19 @@ def simulate(
             seed=step,
         )
         planning_s.append(time.perf_counter() - begin)
-        timeline = simulate_order(planned.order, planned.durations, activation_bytes=_tokens(plan, planned))
-        assert timeline.peak_bytes is not None
+        held = step_memory(plan, cost.spec, samples, planned.groups, memory)
+        timeline = simulate_order(planned.order, planned.durations, activation_bytes=held.kept)
         timelines.append(timeline)
-        peaks.append(timeline.peak_bytes)
+        peaks.append(held.peak_bytes(timeline))
+        tokens.append(most_in_flight(planned.order, stage_tokens(plan, planned.llm_tokens, planned.image_tokens)))
         if progress is not None:
             progress(step + 1)
     return Simulation(
         plan=plan,
         timelines=tuple(timelines),
         num_samples=plan.global_batch_size,
-        peak_tokens=np.max(peaks, axis=0),
+        peak_tokens=np.max(tokens, axis=0),
+        peak_bytes=np.max(peaks, axis=0),
         planning_s=float(np.median(planning_s)),
     )
 
@@ -240,10 +250,9 @@ def draw_batches(num_samples: int, batch_size: int, num_steps: int, *, seed: int
         yield order[at * batch_size : (at + 1) * batch_size]
 
 
-def _tokens(plan: Plan, planned: PlannedStep) -> list[FloatArray]:
-    """Tokens that each stage holds of a microbatch; a rank with several stages counts its microbatch once."""
-    llm = planned.llm_tokens
-    image = np.repeat(planned.image_tokens.sum(axis=0, keepdims=True) / plan.vision.dp, plan.vision.dp, axis=0)
+def stage_tokens(plan: Plan, llm: FloatArray, images: FloatArray) -> list[FloatArray]:
+    """Tokens that each stage holds of a microbatch: the LLM's, and image tokens of an encoder on its own ranks."""
+    image = np.repeat(images.sum(axis=0, keepdims=True) / plan.vision.dp, plan.vision.dp, axis=0)
     first = plan.placement == "disjoint"
     vision = [image if first else np.zeros_like(llm)] * plan.vision.num_stages
     return vision + [llm] * plan.llm.num_stages

@@ -24,7 +24,7 @@ from hf_dflop.plan.durations import Durations
 from hf_dflop.plan.network import Communication
 from hf_dflop.plan.orders import make_order, stage_ranks
 from hf_dflop.plan.plan import Plan
-from hf_dflop.plan.stage_parameters import stage_parameters
+from hf_dflop.plan.stage_parts import stage_parameters
 from hf_dflop.plan.stage_seconds import (
     Groups,
     SampleSeconds,

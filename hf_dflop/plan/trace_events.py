@@ -73,6 +73,24 @@ def simulated_events(simulation: Simulation, *, max_steps: int | None = None) ->
                     duration_s=timed.end_s - timed.start_s,
                 )
             )
+        last = {(timed.rank, timed.replica): timed.end_s for timed in timeline.actions}
+        for i, line in enumerate(timeline.lines):
+            rank, lane = lanes[line]
+            reduced, end = float(timeline.reduced_s[i]), float(timeline.end_s[i])
+            for name, start, stop in (("reduce and wait", last[line], reduced), ("optimizer", reduced, end)):
+                if stop > start:
+                    events.append(
+                        TraceEvent(
+                            source="simulated",
+                            rank=rank,
+                            lane=lane,
+                            name=name,
+                            category=name.split()[0],
+                            step=step,
+                            start_s=begin + start,
+                            duration_s=stop - start,
+                        )
+                    )
         begin += timeline.step_s
     return events
 
