@@ -125,9 +125,7 @@ def test_split_layers_is_optimal() -> None:
             extra = [first, *[0.0] * (len(split) - 2), last]
             return max(a + b for a, b in zip(split, extra, strict=True))
 
-        every = [
-            split for split in itertools.product(range(1, layers + 1), repeat=stages) if sum(split) == layers
-        ]
+        every = [split for split in itertools.product(range(1, layers + 1), repeat=stages) if sum(split) == layers]
         found = split_layers(layers, stages, first_extra=first, last_extra=last)
         assert sum(found) == layers
         assert work(found) == pytest.approx(min(map(work, every)))

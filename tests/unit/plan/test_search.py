@@ -1,20 +1,21 @@
 """The search finds what brute force over the whole space finds, and its bounds hold."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from hf_dflop.plan.bound import Variant, layout_bounds
 from hf_dflop.plan.candidates import SEARCHED_SCHEDULES, checkpointing_variants, draft_plans, make_candidate
-from hf_dflop.plan.cluster import Cluster
+from hf_dflop.plan.cluster import Cluster, NodeGroup
+from hf_dflop.plan.compiled import compile_order, step_seconds
 from hf_dflop.plan.constraints import Constraints
 from hf_dflop.plan.plan import Plan
 from hf_dflop.plan.score import Scorer
 from hf_dflop.plan.search import search
 from hf_dflop.plan.space import Layout, layouts
 from hf_dflop.plan.step import plan_step
-from hf_dflop.plan.compiled import compile_order, step_seconds
 
 from .planning import mixture, scorer_of, small_gpu, small_spec
 
@@ -54,7 +55,7 @@ def test_the_search_finds_what_brute_force_finds(chunk: int) -> None:
         scorer = scorer_of(cluster, spec, mixture(seed), batch, num_batches=1)
         found = list(layouts(spec, cluster, batch))
         if len(found) > 60:  # every kind, all depths, but not all of a large space
-            found = found[:12] + found[12:: len(found) // 40]
+            found = found[:12] + found[12 :: len(found) // 40]
         best = min((scorer.all_seconds(plan).mean() for lay in found for plan in plans_of(scorer, lay)), default=None)
         winner = search(scorer, found).winner
         assert (None if winner is None else winner.mean_s) == best
@@ -84,8 +85,6 @@ def test_the_score_is_the_simulators() -> None:
     scorer = scorer_of(cluster, spec, mixture(2), 16)
     for layout in itertools.islice(layouts(spec, cluster, 16), 0, None, 9):
         for plan in plans_of(scorer, layout)[:2]:
-            from dataclasses import replace
-
             stock = replace(plan, balance=False)
             step = plan_step(
                 stock,
@@ -122,10 +121,6 @@ def test_more_memory_is_never_worse() -> None:
 
 
 def test_a_slow_gpu_slows_the_stage_that_it_runs() -> None:
-    from dataclasses import replace
-
-    from hf_dflop.plan.cluster import NodeGroup
-
     fast = small_gpu()
     slow = replace(fast, name="slow", peak_flops_per_s=fast.peak_flops_per_s / 2)
     spec = small_spec()
