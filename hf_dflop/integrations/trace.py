@@ -13,6 +13,7 @@ from typing import Any
 from hf_dflop.data.sampler import StepPlan
 from hf_dflop.errors import DatasetError
 from hf_dflop.integrations.timing import StepTiming
+from hf_dflop.plan.recorded import read_trace
 
 __all__ = ["Trace", "TraceWriter", "load_trace", "read_trace", "step_record"]
 
@@ -190,19 +191,3 @@ def _records(path: Path) -> tuple[dict[int, dict[str, Any]], int]:
             except (ValueError, KeyError, TypeError):
                 num_broken += 1
     return records, num_broken
-
-
-def read_trace(folder: str | Path) -> list[list[dict[str, Any]]]:
-    """The recorded steps of every rank: outer list over ranks, inner list over steps.
-
-    Raises:
-        FileNotFoundError: no trace in `folder`.
-    """
-    paths = sorted(Path(folder).glob("trace-rank*.jsonl"))
-    if not paths:
-        raise FileNotFoundError(f"no trace-rank*.jsonl in {folder}")
-    ranks = []
-    for path in paths:
-        with open(path, encoding="utf-8") as file:
-            ranks.append([json.loads(line) for line in file if line.endswith("\n")])
-    return ranks
