@@ -296,7 +296,8 @@ class DflopCallback(TrainerCallback):
         self._pending.append((state.global_step, self._epoch, plan))
         self._step += 1
         if self._correction is not None and self._correction.is_due(state.global_step):
-            self._correction.learn(self._collect())
+            self._collect()
+            self._correction.learn()
             self._correction.remember(state)
 
     def on_log(
@@ -329,13 +330,13 @@ class DflopCallback(TrainerCallback):
 
     # ---- what was measured ------------------------------------------------------------------------------------
 
-    def _collect(self) -> list[MeasuredStep]:
-        """The steps since the last call, as all ranks measured them; called after the same step on every rank."""
+    def _collect(self) -> None:
+        """Gather the steps since the last call, for the log and for learning; after the same step on every rank."""
         assert self._timer is not None
         pending, self._pending = self._pending, []
         timings = self._timer.drain()
         if not pending:
-            return []
+            return
         accelerator = self._trainer.accelerator
         if self._trace is not None:
             for (step, epoch, plan), timing in zip(pending, timings, strict=True):
@@ -346,7 +347,8 @@ class DflopCallback(TrainerCallback):
         costs = getattr(self.sampler, "costs", None)
         steps = gather_steps(accelerator, timings, pending, num_slots=self._num_slots, costs=costs)
         self._unlogged += steps
-        return steps
+        if self._correction is not None:
+            self._correction.see(steps)
 
     def _report(self) -> None:
         self._collect()

@@ -118,6 +118,7 @@ class Correction:
         self._every = every
         self._rebalances = rebalances
         self._num_seen = 0
+        self._pending: list[MeasuredStep] = []
         self._said: set[str] = set()
         self._last: Refinement | None = None
         self.fit = OnlineFit.start(self._base, num_ranks)
@@ -126,12 +127,18 @@ class Correction:
         """Whether all ranks gather their times after this step."""
         return self._every > 0 and global_step % self._every == 0
 
-    def learn(self, steps: Sequence[MeasuredStep]) -> None:
-        """Refine the costs with the steps since the last call, and declare a new version if it is worth it.
+    def see(self, steps: Sequence[MeasuredStep]) -> None:
+        """Keep steps until `learn` is called, in the order in which they ran."""
+        if self._every:
+            self._pending += steps
+
+    def learn(self) -> None:
+        """Refine the costs with the steps seen since the last call, and declare a new version if it is worth it.
 
         Raises:
             TrainerError: the ranks' costs differ.
         """
+        steps, self._pending = self._pending, []
         if not steps:
             return
         self._check_agreement(steps[-1])

@@ -100,7 +100,8 @@ class Simulation:
             if self.corrections[0].is_due(position + 1):
                 new, self.steps = self.steps, []
                 for correction in self.corrections:
-                    correction.learn(new)
+                    correction.see(new)
+                    correction.learn()
 
     def measured(self, step: int, epoch: int, plan: Any, seconds: Any, slot_s: Any) -> MeasuredStep:
         return MeasuredStep(
@@ -158,6 +159,13 @@ def test_a_slow_rank_is_named_or_gets_less_work(caplog: pytest.LogCaptureFixture
     assert "waited for rank 2 in " in line
 
 
+def learn(simulation: Simulation) -> None:
+    """Rank 0 learns from what was measured so far, in a simulation that does not do so by itself."""
+    simulation.corrections[0]._every = 10
+    simulation.corrections[0].see(simulation.steps)
+    simulation.corrections[0].learn()
+
+
 def _last(simulation: Simulation) -> tuple[Any, Any]:
     busy = np.array(simulation.slowness)
     return np.stack([0 * busy, busy, busy.max() - busy, 0 * busy + busy.max()], axis=1), np.full((RANKS, SLOTS), 0.5)
@@ -170,7 +178,7 @@ def test_useless_times_do_no_harm_and_are_told(bad: float, caplog: pytest.LogCap
     for step in simulation.steps:
         step.slot_s[:] = bad
     with caplog.at_level(logging.WARNING, "hf_dflop"):
-        simulation.corrections[0].learn(simulation.steps)
+        learn(simulation)
     assert "144 of 144 microbatches have no usable time" in caplog.text
     assert simulation.samplers[0].costs.newest.number == 0
 
@@ -184,7 +192,7 @@ def test_alike_microbatches_do_no_harm_and_are_told(caplog: pytest.LogCaptureFix
     for step in simulation.steps:
         step.slot_s[:] = 0.1
     with caplog.at_level(logging.WARNING, "hf_dflop"):
-        correction.learn(simulation.steps)
+        learn(simulation)
     assert "do not tell these costs apart" in caplog.text
     rates = correction._costs.newest.model.rates
     assert rates.vision_linear / TRUE.rates.vision_linear == pytest.approx(
@@ -198,7 +206,7 @@ def test_ranks_that_disagree_stop_the_run() -> None:
     simulation.run(3)
     simulation.steps[-1].digest[1] += 1
     with pytest.raises(TrainerError, match="cost versions differ"):
-        simulation.corrections[0].learn(simulation.steps)
+        learn(simulation)
 
 
 def test_a_checkpoint_brings_back_versions_in_force_and_to_come() -> None:
