@@ -5,6 +5,7 @@ the tiny model itself computes for a few milliseconds.
 """
 
 import json
+import logging
 import os
 import sys
 import tempfile
@@ -133,6 +134,8 @@ def check_resume(mean_s: float) -> None:
 
 
 if __name__ == "__main__":
+    logging.basicConfig()
+    logging.getLogger("hf_dflop").setLevel(logging.INFO)
     PartialState(cpu=True)
     MEAN_S, STEPS = (float(sys.argv[1]), int(sys.argv[2])) if len(sys.argv) > 2 else (0.05, 36)
     check_resume(0.01)
