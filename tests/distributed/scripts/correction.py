@@ -1,7 +1,7 @@
 """Correction in a real run: costs wrong by 2 in one module, a slow rank, and a resume between two versions.
 
-What a microbatch takes is slept, in proportion to its true cost, so that a busy machine does not change the result:
-the tiny model itself computes for a few milliseconds.
+What a microbatch takes is filled up with sleep to its true cost, so that a busy machine hardly changes the result: the
+tiny model itself computes for a fraction of it.
 """
 
 import json
@@ -38,15 +38,23 @@ def costs(mean_s: float, vision_speed: float = 1.0) -> CostModel:
 
 
 class Sleeper(harness.NotingTrainer):
-    """Sleeps for what a microbatch truly takes on this rank, before it computes."""
+    """Sleeps between forward and backward until a microbatch takes what it truly costs on this rank."""
 
     truth: CostVersions
     slowness: float
+    seconds: float
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         seconds = self.truth.module_seconds([inputs["sample_ids"].tolist()], self.truth.newest).sum()
-        time.sleep(float(seconds) * self.slowness)
+        self.seconds = float(seconds) * self.slowness
         return super().training_step(model, inputs, *args, **kwargs)
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        begin = time.perf_counter()
+        loss = super().compute_loss(*args, **kwargs)
+        # The backward to come takes about twice the forward.
+        time.sleep(max(0.0, self.seconds - 3 * (time.perf_counter() - begin)))
+        return loss
 
 
 def run(believed: CostModel, mean_s: float, *, slowness: float = 1.0, resume: str | None = None, steps: int,
@@ -137,7 +145,7 @@ if __name__ == "__main__":
     logging.basicConfig()
     logging.getLogger("hf_dflop").setLevel(logging.INFO)
     PartialState(cpu=True)
-    MEAN_S, STEPS = (float(sys.argv[1]), int(sys.argv[2])) if len(sys.argv) > 2 else (0.05, 36)
+    MEAN_S, STEPS = (float(sys.argv[1]), int(sys.argv[2])) if len(sys.argv) > 2 else (0.12, 36)
     check_resume(0.01)
     check_wrong_costs(MEAN_S, STEPS)
     check_slow_rank(MEAN_S, STEPS)
