@@ -34,6 +34,9 @@ KEY = "hf_dflop.correction"
 """Where `TrainerState.stateful_callbacks` keeps the state. Not the callback's class name: Trainer would build the
 callback anew from it, without its dataset."""
 
+LOG_KEYS = ("dflop/cost_version", "dflop/prediction_error", "dflop/slowdown_max", "dflop/slow_rank")
+"""What `Correction.logs` may give."""
+
 WARM_UP_STEPS = 2
 """Steps at the start of every run whose times are left out: compilation, first allocations."""
 _MAX_MICROBATCHES = 2048

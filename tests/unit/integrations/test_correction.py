@@ -14,7 +14,7 @@ from hf_dflop.cost import CostModel, ModelSpec
 from hf_dflop.data.sampler import BalancedBatchSampler, stock_caps
 from hf_dflop.data.versions import CostVersion
 from hf_dflop.errors import BalanceError, TrainerError
-from hf_dflop.integrations.correction import KEY, Correct, Correction
+from hf_dflop.integrations.correction import KEY, LOG_KEYS, Correct, Correction
 from hf_dflop.integrations.measured import MeasuredStep, digest_of
 from hf_dflop.integrations.straggler import straggler_line
 from hf_dflop.shapes import Shapes
@@ -150,6 +150,7 @@ def test_a_slow_rank_is_named_or_gets_less_work(caplog: pytest.LogCaptureFixture
         named.run(50)
     assert caplog.text.count("rank 2 is slow: it takes 1.") == RANKS  # each simulated rank says it
     assert named.corrections[0].logs()["dflop/slow_rank"] == 2
+    assert set(named.corrections[0].logs()) == set(LOG_KEYS)
     assert named.late() > 0.15
     balanced = Simulation(TRUE, slowness=slowness, rebalances=True)
     balanced.run(50)
