@@ -17,6 +17,8 @@ __all__ = ["RankSpeeds", "watch"]
 
 SLOW_FROM = 1.10
 """A rank is called slow from this factor."""
+SLOW_UNTIL = 1.06
+"""A slow rank is called so until its factor falls below this."""
 EVEN_WITHIN = 0.04
 """Ranks closer than this to the usual one count as equally fast."""
 MIN_MICROBATCHES = 3
@@ -40,7 +42,7 @@ class RankSpeeds:
     @property
     def slow_ranks(self) -> tuple[int, ...]:
         """Ranks that are surely slow, the slowest first."""
-        found = [r for r, seen in enumerate(self.num_seen) if seen >= 2 and self.slowness[r] >= SLOW_FROM]
+        found = [r for r, seen in enumerate(self.num_seen) if seen >= 2 and self.slowness[r] >= SLOW_UNTIL]
         return tuple(sorted(found, key=lambda r: (-self.slowness[r], r)))
 
     @property
@@ -83,6 +85,9 @@ def watch(before: RankSpeeds, rank: npt.NDArray[np.int64], ratio: npt.NDArray[np
         is_slow = found >= SLOW_FROM and found - 1.0 > _SURE * error[r] / usual
         # A rank that changes at once is followed at once, when it is seen for the second time.
         fresh = is_slow and before.num_seen[r] == 1
-        slowness.append(found if fresh else old * keep + found * (1.0 - keep))
-        seen.append(before.num_seen[r] + 1 if is_slow else 0)
+        smooth = found if fresh else old * keep + found * (1.0 - keep)
+        slowness.append(smooth)
+        # Few microbatches may leave it open; a rank that was surely slow stays so until it is seen to be fast again.
+        is_open = found >= SLOW_FROM or (before.num_seen[r] >= 2 and smooth >= SLOW_UNTIL)
+        seen.append(before.num_seen[r] + 1 if is_slow else before.num_seen[r] if is_open else 0)
     return RankSpeeds(slowness=tuple(slowness), num_seen=tuple(seen))
