@@ -1,7 +1,8 @@
 """Correction in a real run: costs wrong by 2 in one module, a slow rank, and a resume between two versions.
 
-What a microbatch takes is filled up with sleep to its true cost, so that a busy machine hardly changes the result: the
-tiny model itself computes for a fraction of it.
+Without arguments the clock of the timer is one that only microbatches move, by what they truly cost: the run is real,
+and a busy machine does not change what is measured. With `MEAN_S STEPS`, time is real, and a microbatch is filled up
+with sleep to its true cost: for a machine with nothing else to do.
 """
 
 import json
@@ -18,6 +19,7 @@ from accelerate.utils import broadcast_object_list
 
 from hf_dflop import CostModel, DflopCallback, ModelSpec
 from hf_dflop.data.versions import CostVersions
+from hf_dflop.integrations import timing
 from hf_dflop.integrations.correction import KEY
 from tests.distributed import harness, tiny
 
@@ -37,23 +39,41 @@ def costs(mean_s: float, vision_speed: float = 1.0) -> CostModel:
     )
 
 
+class Clock:
+    """Stands in for the timer's clock; every microbatch moves it."""
+
+    seconds_now = 0.0
+
+    def __init__(self, device: Any) -> None:
+        pass
+
+    def now(self) -> float:
+        return Clock.seconds_now
+
+    def seconds(self, moment: float) -> float:
+        return moment
+
+
 class Sleeper(harness.NotingTrainer):
-    """Sleeps between forward and backward until a microbatch takes what it truly costs on this rank."""
+    """A microbatch takes what it truly costs on this rank, 3 % of noise included."""
 
     truth: CostVersions
     slowness: float
+    noise = np.random.default_rng(3 + int(os.environ["RANK"]))
+    is_real = False
     seconds: float
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         seconds = self.truth.module_seconds([inputs["sample_ids"].tolist()], self.truth.newest).sum()
-        self.seconds = float(seconds) * self.slowness
+        self.seconds = float(seconds) * self.slowness * float(self.noise.lognormal(0, 0.03))
+        Clock.seconds_now += self.seconds
         return super().training_step(model, inputs, *args, **kwargs)
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         begin = time.perf_counter()
         loss = super().compute_loss(*args, **kwargs)
-        # The backward to come takes about twice the forward.
-        time.sleep(max(0.0, self.seconds - 3 * (time.perf_counter() - begin)))
+        if self.is_real:  # the backward to come takes about twice the forward
+            time.sleep(max(0.0, self.seconds - 3 * (time.perf_counter() - begin)))
         return loss
 
 
@@ -70,7 +90,7 @@ def run(believed: CostModel, mean_s: float, *, slowness: float = 1.0, resume: st
     return trainer
 
 
-def true_idle(trainer: Any, last: int) -> float:
+def true_idle(trainer: Any, last: int, slowness: float = 1.0) -> float:
     """Mean share of the last steps' true seconds that the mean rank waits, from the microbatches that ran."""
     from accelerate.utils import gather_object
 
@@ -78,7 +98,7 @@ def true_idle(trainer: Any, last: int) -> float:
     rank = trainer.accelerator.process_index
     for r, step, ids in gather_object([(rank, step, ids) for step, ids in trainer.noted]):
         found = Sleeper.truth.module_seconds([ids], Sleeper.truth.newest).sum()
-        seconds[step, r] = seconds.get((step, r), 0.0) + float(found)
+        seconds[step, r] = seconds.get((step, r), 0.0) + float(found) * (slowness if r == WORLD - 1 else 1.0)
     steps = sorted({step for step, _ in seconds})[-last:]
     table = np.array([[seconds[step, r] for r in range(WORLD)] for step in steps])
     return float(np.mean(1 - table.mean(axis=1) / table.max(axis=1)))
@@ -111,9 +131,11 @@ def check_slow_rank(mean_s: float, steps: int) -> None:
     named = run(costs(mean_s), mean_s, steps=steps, slowness=1.3, correct_every=5)
     balanced = run(costs(mean_s), mean_s, steps=steps, slowness=1.3, correct_every=5, slow_ranks="rebalance")
     last = steps // 3
-    before, after = measured_idle(named, last), measured_idle(balanced, last)
+    before, after = true_idle(named, last, 1.3), true_idle(balanced, last, 1.3)
+    if Sleeper.is_real:
+        before, after = measured_idle(named, last), measured_idle(balanced, last)
     slow = [log.get("dflop/slow_rank") for log in named.state.log_history if "dflop/cost_version" in log]
-    print(f"slow rank: measured waiting {before:.3f} named, {after:.3f} rebalanced; named as {slow[-1]}")
+    print(f"slow rank: waiting {before:.3f} named, {after:.3f} rebalanced; named as {slow[-1]}")
     assert slow[-1] == WORLD - 1, slow
     assert before > 0.06, before
     assert after <= before / 2, (before, after)
@@ -145,7 +167,10 @@ if __name__ == "__main__":
     logging.basicConfig()
     logging.getLogger("hf_dflop").setLevel(logging.INFO)
     PartialState(cpu=True)
-    MEAN_S, STEPS = (float(sys.argv[1]), int(sys.argv[2])) if len(sys.argv) > 2 else (0.12, 36)
+    Sleeper.is_real = len(sys.argv) > 2
+    MEAN_S, STEPS = (float(sys.argv[1]), int(sys.argv[2])) if Sleeper.is_real else (0.1, 36)
+    if not Sleeper.is_real:
+        timing._Clock = Clock  # type: ignore[assignment, misc]
     check_resume(0.01)
     check_wrong_costs(MEAN_S, STEPS)
     check_slow_rank(MEAN_S, STEPS)
