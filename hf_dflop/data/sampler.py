@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hf_dflop.balance import Assignment, assign, warm_up
+from hf_dflop.balance import Assignment, assign, pair_giants, warm_up
 from hf_dflop.cost import CostModel
 from hf_dflop.data.lookahead import look_ahead
-from hf_dflop.errors import BalanceError
+from hf_dflop.errors import BalanceError, DatasetError
 from hf_dflop.shapes import Shapes
 
 __all__ = ["BalancedBatchSampler", "Caps", "StepPlan", "stock_caps"]
@@ -73,6 +73,8 @@ class StepPlan:
     """Seconds that making this plan took."""
     scheduling_wait_s: float = 0.0
     """Seconds of them (and of the plans before it) that the loop had to wait."""
+    has_image: bool = True
+    """Whether any sample of the step has an image."""
 
     def microbatches(self, rank: int) -> list[list[int]]:
         """The dataset indices that `rank` loads, one list per slot."""
@@ -129,6 +131,13 @@ class BalancedBatchSampler:
         look_ahead_steps (`int`):
             Steps planned ahead in a thread of their own; 0 plans each step when it is asked for. The plans are the
             same.
+        window_steps (`int`):
+            With more than 1, giant samples are paired across so many consecutive steps, see
+            [`~hf_dflop.balance.pair_giants`]: steps are then not those of the stock run.
+        oversize (`str`):
+            A sample above a cap is an `"error"`, or runs `"alone"`.
+        samples_per_step (`int`, *optional*):
+            Samples of a full step, for `state_dict`.
     """
 
     def __init__(
@@ -150,7 +159,12 @@ class BalancedBatchSampler:
         spread_images: bool = False,
         fill_images: bool = False,
         look_ahead_steps: int = LOOK_AHEAD_STEPS,
+        window_steps: int = 1,
+        oversize: str = "error",
+        samples_per_step: int | None = None,
     ) -> None:
+        if window_steps < 1:
+            raise BalanceError(f"window_steps is {window_steps}; 1 keeps the steps, more pair giants across so many")
         # No attribute may be called `sampler`: accelerate would reach through it and set the wrong epoch.
         self._stock = stock
         self._set_stock_epoch = set_stock_epoch
@@ -164,6 +178,10 @@ class BalancedBatchSampler:
         self._balance = balance
         self._seed = seed
         self._look_ahead_steps = look_ahead_steps
+        self._window_steps = window_steps if balance else 1
+        self._oversize = oversize
+        self._samples_per_step = samples_per_step
+        self._fingerprint = shapes.fingerprint()
         self._per_microbatch_s = cost_model.per_microbatch_s
         self._vision_s = cost_model.vision_s(shapes)
         self._llm_s = cost_model.llm_s(shapes)
@@ -175,6 +193,8 @@ class BalancedBatchSampler:
         self._plans: OrderedDict[tuple[int, int], StepPlan] = OrderedDict()
         self.epoch = 0
         self.resume_step = 0
+        self._first_microbatch = 0
+        self._num_yielded = 0
         # accelerate reads these two of any batch sampler.
         self.batch_size: int | None = None
         self.drop_last = False
@@ -185,7 +205,7 @@ class BalancedBatchSampler:
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that the next iteration runs."""
         if epoch != self.epoch:
-            self.resume_step = 0
+            self.resume_step = self._first_microbatch = self._num_yielded = 0
         self.epoch = epoch
         if self._set_stock_epoch is not None:
             self._set_stock_epoch(epoch)
@@ -204,7 +224,59 @@ class BalancedBatchSampler:
         rows_s = llm_s.size * llm_s.max() if self._padded else llm_s.sum()
         return float(self._vision_s[list(microbatch)].sum() + rows_s + self._per_microbatch_s)
 
+    def state_dict(self, num_microbatches: int | None = None) -> dict[str, Any]:
+        """Where this epoch stands, for `load_state_dict`; plain JSON types.
+
+        Args:
+            num_microbatches (`int`, *optional*):
+                Microbatches of this rank that were trained on in this epoch. By default those that were handed out,
+                which loader workers may have fetched ahead of training.
+        """
+        done = self._num_yielded if num_microbatches is None else num_microbatches
+        return {
+            "epoch": self.epoch,
+            "step": done // self._num_slots,
+            "slot": done % self._num_slots,
+            "samples_per_step": self._samples_per_step,
+            "dataset": self._fingerprint,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state` was taken, also on another number of ranks; nothing before it is handed out again.
+
+        Raises:
+            DatasetError: the state is of another dataset.
+            BalanceError: steps had another number of samples, or the state lies within a step that is cut otherwise
+                now.
+        """
+        if state["dataset"] != self._fingerprint:
+            raise DatasetError(
+                f"the state was taken on a dataset with shapes {state['dataset']}, this one has {self._fingerprint}: "
+                "its order means nothing here. Resume with the dataset of the interrupted run."
+            )
+        if state["samples_per_step"] != self._samples_per_step:
+            raise BalanceError(
+                f"the state was taken with {state['samples_per_step']} samples a step, and a step has "
+                f"{self._samples_per_step} here. Keep ranks x accumulation x batch size."
+            )
+        if state["slot"] >= self._num_slots:
+            raise BalanceError(
+                f"the state lies before microbatch {state['slot']} of a step, which has {self._num_slots} here. Take "
+                "it between steps, or keep the number of microbatches."
+            )
+        self.epoch = state["epoch"]
+        self.resume_step = 0
+        self._first_microbatch = self._num_yielded = state["step"] * self._num_slots + state["slot"]
+
     def __iter__(self) -> Iterator[list[int]]:
+        begin, self._first_microbatch = self._first_microbatch, 0
+        self._num_yielded = begin
+        for microbatch in itertools.islice(self._microbatches(begin), begin % self._num_slots, None):
+            self._num_yielded += 1
+            yield microbatch
+
+    def _microbatches(self, begin: int) -> Iterator[list[int]]:
+        """The microbatches of the epoch from the step on that holds the one with number `begin`."""
         epoch = self.epoch
         if self._set_stock_epoch is not None:
             self._set_stock_epoch(epoch)
@@ -212,12 +284,18 @@ class BalancedBatchSampler:
         num_steps = -(-len(ranks[self._rank]) // self._num_slots)
         if self._must_spread:
             self._check_epoch(ranks, epoch, num_steps)
-        first = min(self.resume_step, num_steps)
-        for step in range(first):  # thrown away by a resumed run
+        skipped = min(begin // self._num_slots, num_steps)
+        first = max(min(self.resume_step, num_steps), skipped)
+        for step in range(skipped, first):  # thrown away by a resumed run
             yield from (list(microbatch) for microbatch in self._stock_of(ranks, step)[self._rank])
 
+        window: dict[int, list[Microbatches]] = {}
+
         def plan(step: int) -> StepPlan | None:
-            stock = self._stock_of(ranks, step)
+            if self._window_steps > 1 and step not in window:
+                window.clear()
+                window.update(self._paired(ranks, step, num_steps))
+            stock = window.get(step) or self._stock_of(ranks, step)
             # At an epoch's end with even_batches=False, ranks have different numbers of microbatches: there the stock
             # grouping is the only one that keeps them.
             if len({len(slots) for slots in stock}) > 1:
@@ -241,9 +319,27 @@ class BalancedBatchSampler:
         begin = step * self._num_slots
         return [slots[begin : begin + self._num_slots] for slots in ranks]
 
+    def _paired(self, ranks: Sequence[Microbatches], step: int, num_steps: int) -> dict[int, list[Microbatches]]:
+        """The steps of the window of `step`, giants paired, each dealt as the stock step was."""
+        begin = step - step % self._window_steps
+        steps = range(begin, min(begin + self._window_steps, num_steps))
+        stock = {step: self._stock_of(ranks, step) for step in steps}
+        if any(len({len(slots) for slots in groups}) > 1 for groups in stock.values()):
+            return stock  # ranks with different numbers of microbatches, at the end of an epoch
+        members = [[i for slots in groups for group in slots for i in group] for groups in stock.values()]
+        indices = np.array(list(itertools.chain.from_iterable(members)), dtype=np.int64)
+        if np.unique(indices).size != indices.size:
+            return stock  # the end of an epoch repeats samples: not twice in one step
+        costs = self._vision_s[indices] + self._llm_s[indices]
+        paired = pair_giants(costs, [len(step) for step in members], self._num_ranks)
+        for step, positions in zip(steps, paired, strict=True):
+            rest = iter(indices[positions].tolist())
+            stock[step] = [[[next(rest) for _ in group] for group in slots] for slots in stock[step]]
+        return stock
+
     def has_image(self, plan: StepPlan) -> bool:
         """Whether any sample of the step has an image."""
-        return bool(self._has_image[plan.indices].any())
+        return plan.has_image
 
     def warm_up(self) -> None:
         """Compile what planning needs, before the first step."""
@@ -267,6 +363,7 @@ class BalancedBatchSampler:
             stock=stock,
             balanced=self._balance,
             scheduling_s=time.perf_counter() - begin,
+            has_image=bool(self._has_image[indices].any()),
         )
 
     def _assign(self, indices: npt.NDArray[np.int64], baseline: Any, epoch: int, step: int) -> Assignment:
@@ -284,6 +381,7 @@ class BalancedBatchSampler:
                 patches=self._patches[indices],
                 max_patches=self._caps.max_patches,
                 spread=self._has_image[indices] if self._spread_images else None,
+                oversize=self._oversize,
                 seed=(self._seed * 1_000_003 + epoch * 8_191 + step) % 2**31,
             )
         except BalanceError as error:

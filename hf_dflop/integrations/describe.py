@@ -3,10 +3,11 @@
 from typing import Any
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 from hf_dflop.cost import Trainable
 
-__all__ = ["choose_objective", "describe_training", "image_parameters", "is_image_parameter_trained"]
+__all__ = ["choose_objective", "describe_training", "image_parameters", "is_image_parameter_trained", "is_sharded"]
 
 
 def choose_objective(trainer: Any) -> str:
@@ -15,16 +16,23 @@ def choose_objective(trainer: Any) -> str:
     `"stage"` for FSDP and ZeRO-3 (ranks meet in every layer), `"slot"` where they meet after every microbatch (TRL
     trainers gather metrics in `compute_loss`; ZeRO-1/2 and `sync_each_batch` reduce each backward), else `"step"`.
     """
-    if trainer.is_fsdp_enabled:
-        return "stage"
     if trainer.is_deepspeed_enabled:
         plugin = trainer.accelerator.state.deepspeed_plugin
         return "stage" if plugin is not None and plugin.zero_stage == 3 else "slot"
+    if is_sharded(trainer):
+        return "stage"
     if any(cls.__module__.partition(".")[0] == "trl" for cls in type(trainer).__mro__):
         return "slot"
     if trainer.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False):
         return "slot"
     return "step"
+
+
+def is_sharded(trainer: Any) -> bool:
+    """Whether ranks hold shards of the model: FSDP (by accelerate, or when the model was loaded) or DeepSpeed."""
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        return True
+    return any(isinstance(module, FSDPModule) for module in trainer.model_wrapped.modules())
 
 
 def describe_training(trainer: Any) -> dict[str, Any]:
