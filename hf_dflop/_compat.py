@@ -8,7 +8,13 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-__all__ = ["calling_trainer", "replace_batch_sampler", "replace_stream", "uses_stateful_dataloader"]
+__all__ = [
+    "calling_trainer",
+    "replace_batch_sampler",
+    "replace_collator",
+    "replace_stream",
+    "uses_stateful_dataloader",
+]
 
 
 def calling_trainer() -> Any | None:
@@ -37,6 +43,15 @@ def replace_batch_sampler(dataloader: Any, batch_sampler: Any) -> None:
     """
     base = getattr(dataloader, "base_dataloader", dataloader)
     object.__setattr__(base, "batch_sampler", batch_sampler)
+
+
+def replace_collator(dataloader: Any, old: Any, new: Any) -> None:
+    """Put `new` in the place of the collator `old`, also where Trainer has wrapped it to drop columns."""
+    base = getattr(dataloader, "base_dataloader", dataloader)
+    if base.collate_fn is old:
+        object.__setattr__(base, "collate_fn", new)
+    elif getattr(base.collate_fn, "data_collator", None) is old:
+        base.collate_fn.data_collator = new
 
 
 def replace_stream(dataloader: Any, stream: Any, collate: Any) -> None:

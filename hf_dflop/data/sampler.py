@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from hf_dflop.balance import Assignment, assign, pair_giants, warm_up
 from hf_dflop.cost import CostModel
+from hf_dflop.data.joined_rows import priced_by_row, sample_costs
 from hf_dflop.data.lookahead import look_ahead
 from hf_dflop.errors import BalanceError, DatasetError
 from hf_dflop.shapes import Shapes
@@ -138,6 +139,9 @@ class BalancedBatchSampler:
             A sample above a cap is an `"error"`, or runs `"alone"`.
         samples_per_step (`int`, *optional*):
             Samples of a full step, for `state_dict`.
+        all_pairs (`bool`):
+            Attention computes all pairs of tokens of a packed microbatch, also those of different samples (SDPA,
+            eager); see `hf_dflop.data.joined_rows`.
     """
 
     def __init__(
@@ -162,6 +166,7 @@ class BalancedBatchSampler:
         window_steps: int = 1,
         oversize: str = "error",
         samples_per_step: int | None = None,
+        all_pairs: bool = False,
     ) -> None:
         if window_steps < 1:
             raise BalanceError(f"window_steps is {window_steps}; 1 keeps the steps, more pair giants across so many")
@@ -182,6 +187,7 @@ class BalancedBatchSampler:
         self._oversize = oversize
         self._samples_per_step = samples_per_step
         self._fingerprint = shapes.fingerprint()
+        self._row_cost = cost_model if all_pairs and not padded else None
         self._per_microbatch_s = cost_model.per_microbatch_s
         self._vision_s = cost_model.vision_s(shapes)
         self._llm_s = cost_model.llm_s(shapes)
@@ -222,6 +228,8 @@ class BalancedBatchSampler:
         """Predicted seconds of a microbatch of these dataset indices."""
         llm_s = self._llm_s[list(microbatch)]
         rows_s = llm_s.size * llm_s.max() if self._padded else llm_s.sum()
+        if self._row_cost is not None:
+            rows_s = self._row_cost.llm_s([int(self._tokens[list(microbatch)].sum())])[0]
         return float(self._vision_s[list(microbatch)].sum() + rows_s + self._per_microbatch_s)
 
     def state_dict(self, num_microbatches: int | None = None) -> dict[str, Any]:
@@ -367,18 +375,25 @@ class BalancedBatchSampler:
         )
 
     def _assign(self, indices: npt.NDArray[np.int64], baseline: Any, epoch: int, step: int) -> Assignment:
+        vision_s, tokens, patches = self._vision_s[indices], self._tokens[indices], self._patches[indices]
+        num_slots = len(baseline[0])
+        llm_s = (
+            self._llm_s[indices]
+            if self._row_cost is None
+            else sample_costs(self._row_cost, tokens, self._num_ranks * num_slots)
+        )
         try:
-            return assign(
-                self._vision_s[indices],
-                self._llm_s[indices],
+            found = assign(
+                vision_s,
+                llm_s,
                 num_ranks=self._num_ranks,
-                num_slots=len(baseline[0]),
+                num_slots=num_slots,
                 objective=self.objective,
                 padded=self._padded,
                 baseline=baseline,
-                tokens=self._tokens[indices],
+                tokens=tokens,
                 max_tokens=self._caps.max_tokens,
-                patches=self._patches[indices],
+                patches=patches,
                 max_patches=self._caps.max_patches,
                 spread=self._has_image[indices] if self._spread_images else None,
                 oversize=self._oversize,
@@ -386,6 +401,15 @@ class BalancedBatchSampler:
             )
         except BalanceError as error:
             raise BalanceError(f"epoch {epoch}, step {step}, samples {indices.tolist()[:16]}...: {error}") from error
+        if self._row_cost is None:
+            return found
+        fits = not self._spread_images and all(
+            cap is None or int(counts[group].sum()) <= cap
+            for counts, cap in ((tokens, self._caps.max_tokens), (patches, self._caps.max_patches))
+            for slots in baseline
+            for group in slots
+        )
+        return priced_by_row(found, self._row_cost, vision_s, tokens, baseline, may_keep=fits)
 
     def _check_epoch(self, ranks: Sequence[Microbatches], epoch: int, num_steps: int) -> None:
         """Raise before the epoch begins, rather than at the step that has too few images."""

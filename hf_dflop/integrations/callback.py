@@ -11,8 +11,9 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import has_length
 
-from hf_dflop._compat import calling_trainer, replace_batch_sampler
+from hf_dflop._compat import calling_trainer, replace_batch_sampler, replace_collator
 from hf_dflop.cost import CostModel, ModelSpec
+from hf_dflop.data import PackedCollator
 from hf_dflop.data.sampler import BalancedBatchSampler, Caps, StepPlan, stock_caps
 from hf_dflop.data.stream import BalancedStream
 from hf_dflop.errors import DatasetError, TrainerError
@@ -25,7 +26,12 @@ from hf_dflop.integrations.checks import (
     check_processor,
     check_samples,
 )
-from hf_dflop.integrations.describe import choose_objective, describe_training, image_parameters
+from hf_dflop.integrations.describe import (
+    choose_objective,
+    computes_all_pairs,
+    describe_training,
+    image_parameters,
+)
 from hf_dflop.integrations.resume import SampleOrder, check_resumed, recalled, remember
 from hf_dflop.integrations.steplog import step_logs
 from hf_dflop.integrations.stock import StockSharding
@@ -63,6 +69,9 @@ class DflopCallback(TrainerCallback):
     | `dflop/idle_s_rank<r>` | measured: seconds that rank r waited for the slowest rank per step (up to 16 ranks) |
     | `dflop/busy_s_max`, `dflop/busy_s_mean` | measured: the slowest and the mean rank |
     | `dflop/slowest_rank` | measured: the rank that computed longest |
+
+    A [`PackedCollator`] joins samples in training only: evaluations get the padding collator in it, since `Trainer`
+    takes the rows of an evaluation for samples.
 
     Where a rank without an image would leave the others waiting for ever (FSDP, ZeRO, DDP that does not look for
     unused parameters), every microbatch is given a sample with one. Where steps have too few of those, use
@@ -147,6 +156,7 @@ class DflopCallback(TrainerCallback):
         self._verify = verify
         self._seed = seed
         self.sampler: BalancedBatchSampler | BalancedStream | None = None
+        self._packing: PackedCollator | None = None
         self._timer: StepTimer | None = None
         self._trace: TraceWriter | None = None
         self._trainer: Any = None
@@ -154,6 +164,15 @@ class DflopCallback(TrainerCallback):
         self._image_parameters: list[torch.nn.Parameter] = []
 
     # ---- set-up -----------------------------------------------------------------------------------------------
+
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # An evaluation gathers predictions row by row and takes rows for samples: only training joins samples.
+        trainer = calling_trainer()
+        if trainer is not None and isinstance(trainer.data_collator, PackedCollator):
+            self._packing = trainer.data_collator
+            trainer.data_collator = self._packing.collator
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -163,6 +182,8 @@ class DflopCallback(TrainerCallback):
             raise TrainerError("DflopCallback works in a transformers.Trainer; none is running this callback.")
         dataloader = kwargs["train_dataloader"]
         self._close()
+        if self._packing is not None:
+            replace_collator(dataloader, self._packing.collator, self._packing)
         is_sampled = has_length(dataloader) and args.train_sampling_strategy != "batch_rebalance"
         check_gradients_are_shared(trainer)
         if self._balance:
@@ -235,7 +256,7 @@ class DflopCallback(TrainerCallback):
         config = trainer.accelerator.unwrap_model(trainer.model).config
         spec = ModelSpec.from_config(config)
         padded = check_samples(dataloader, self.shapes, spec.image_token_id, self._verify, self._seed)
-        check_packed_samples(trainer, dataloader.dataset, self.shapes)
+        check_packed_samples(trainer, dataloader.dataset, dataloader.collate_fn, self.shapes)
         fills_images = adds_dummy_images(dataloader, self.shapes, spec.image_token_id)
         needs_images = check_images_and_collectives(
             trainer,
@@ -277,6 +298,7 @@ class DflopCallback(TrainerCallback):
             window_steps=self._window_steps,
             oversize=self._oversize,
             samples_per_step=global_batch,
+            all_pairs=computes_all_pairs(trainer),
         )
         sampler.warm_up()
         replace_batch_sampler(dataloader, sampler)

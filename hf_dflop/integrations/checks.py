@@ -238,17 +238,18 @@ def check_samples(dataloader: Any, shapes: Shapes, image_token_id: int | None, c
     return bool(rows.shape[0] == min(2, len(picked)))
 
 
-def check_packed_samples(trainer: Any, dataset: Any, shapes: Shapes) -> None:
-    """Run [`check_packing`] on the shortest samples when a [`PackedCollator`] joins them.
+def check_packed_samples(trainer: Any, dataset: Any, collate: Any, shapes: Shapes) -> None:
+    """Run [`check_packing`] on the shortest samples when `collate` is a [`PackedCollator`], or holds one.
 
     Every rank runs the same forward passes, so that a sharded model may take part.
 
     Raises:
         ModelError: the model does not keep joined samples apart.
     """
-    collator = trainer.data_collator
+    collator = collate
     while not isinstance(collator, PackedCollator):
-        collator = getattr(collator, "collator", None)  # one that counts or logs, around the one that packs
+        # One that counts or logs, or Trainer's that drops columns, around the one that packs.
+        collator = getattr(collator, "collator", getattr(collator, "data_collator", None))
         if collator is None:
             return
     if len(shapes) < 2:

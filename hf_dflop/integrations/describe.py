@@ -6,8 +6,16 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 
 from hf_dflop.cost import Trainable
+from hf_dflop.data.structure import DENSE, ModelStructure
 
-__all__ = ["choose_objective", "describe_training", "image_parameters", "is_image_parameter_trained", "is_sharded"]
+__all__ = [
+    "choose_objective",
+    "computes_all_pairs",
+    "describe_training",
+    "image_parameters",
+    "is_image_parameter_trained",
+    "is_sharded",
+]
 
 
 def choose_objective(trainer: Any) -> str:
@@ -36,7 +44,7 @@ def is_sharded(trainer: Any) -> bool:
 
 
 def describe_training(trainer: Any) -> dict[str, Any]:
-    """Keyword arguments for `CostModel.analytic`: which modules are trained, and activation checkpointing."""
+    """Keyword arguments for `CostModel.analytic`: what is trained, activation checkpointing, kind of attention."""
     model = _plain_model(trainer)
     llm = _llm_parameters(model)
     size = sum(parameter.numel() for parameter in llm.values())
@@ -53,7 +61,14 @@ def describe_training(trainer: Any) -> dict[str, Any]:
             llm_adapters=0 < 2 * trained <= size,
         ),
         "checkpointing": bool(trainer.args.gradient_checkpointing),
+        # A padded or joined microbatch has a mask, under which dense attention computes the upper half, too.
+        "causal_factor": 1.0 if computes_all_pairs(trainer) else 0.5,
     }
+
+
+def computes_all_pairs(trainer: Any) -> bool:
+    """Whether the LLM's attention computes everything under its mask (SDPA, eager), or skips what is masked."""
+    return ModelStructure.of(_plain_model(trainer)).attention in DENSE
 
 
 def is_image_parameter_trained(trainer: Any) -> bool:

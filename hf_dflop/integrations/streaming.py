@@ -78,7 +78,7 @@ def install_stream(
     tried = SimpleNamespace(dataset=rows, collate_fn=dataloader.collate_fn)
     spec = ModelSpec.from_config(trainer.accelerator.unwrap_model(trainer.model).config)
     padded = check_samples(tried, shapes, spec.image_token_id, verify, settings["seed"])
-    check_packed_samples(trainer, rows, shapes)
+    check_packed_samples(trainer, rows, dataloader.collate_fn, shapes)
     fills = adds_dummy_images(tried, shapes, spec.image_token_id)
     needs = needs_image_everywhere(trainer)
     if needs and not balance and not fills:
