@@ -5,8 +5,8 @@ tokens would, f(T), whatever its samples. FlashAttention and flex attention skip
 sum of its samples.
 
 In: tokens of the samples of a step, and f. Out: seconds of each sample for the search, which adds them up: the slope
-of f at the mean row, so that a token costs what it adds to a row of ordinary length. What was found is then priced with f
-itself, and the stock grouping kept where it wins after all.
+of f at the mean row, so that a token costs what it adds to a row of ordinary length. What was found is then priced
+with f itself, and the stock grouping kept where it wins after all.
 
 Assumptions: f grows at least in proportion (then a lower bound is every row having the mean length).
 """

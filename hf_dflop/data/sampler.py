@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from hf_dflop.balance import Assignment, assign, pair_giants, warm_up
 from hf_dflop.cost import CostModel
+from hf_dflop.data.dummies import Dummy, with_dummies, without_dummies
 from hf_dflop.data.joined_rows import priced_by_row, sample_costs
 from hf_dflop.data.lookahead import look_ahead
 from hf_dflop.errors import BalanceError, DatasetError
@@ -142,6 +143,8 @@ class BalancedBatchSampler:
         all_pairs (`bool`):
             Attention computes all pairs of tokens of a packed microbatch, also those of different samples (SDPA,
             eager); see `hf_dflop.data.joined_rows`.
+        dummy ([`Dummy`], *optional*):
+            What the row costs that the collator adds to a microbatch without an image.
     """
 
     def __init__(
@@ -167,6 +170,7 @@ class BalancedBatchSampler:
         oversize: str = "error",
         samples_per_step: int | None = None,
         all_pairs: bool = False,
+        dummy: Dummy | None = None,
     ) -> None:
         if window_steps < 1:
             raise BalanceError(f"window_steps is {window_steps}; 1 keeps the steps, more pair giants across so many")
@@ -187,6 +191,7 @@ class BalancedBatchSampler:
         self._oversize = oversize
         self._samples_per_step = samples_per_step
         self._fingerprint = shapes.fingerprint()
+        self._dummy = dummy
         self._row_cost = cost_model if all_pairs and not padded else None
         self._per_microbatch_s = cost_model.per_microbatch_s
         self._vision_s = cost_model.vision_s(shapes)
@@ -382,23 +387,25 @@ class BalancedBatchSampler:
             if self._row_cost is None
             else sample_costs(self._row_cost, tokens, self._num_ranks * num_slots)
         )
+        arguments: dict[str, Any] = {
+            "vision_s": vision_s,
+            "llm_s": llm_s,
+            "num_ranks": self._num_ranks,
+            "num_slots": num_slots,
+            "objective": self.objective,
+            "padded": self._padded,
+            "baseline": baseline,
+            "tokens": tokens,
+            "max_tokens": self._caps.max_tokens,
+            "patches": patches,
+            "max_patches": self._caps.max_patches,
+            "spread": self._has_image[indices] if self._spread_images else None,
+            "oversize": self._oversize,
+            "seed": (self._seed * 1_000_003 + epoch * 8_191 + step) % 2**31,
+        }
+        found = self._filled(arguments)
         try:
-            found = assign(
-                vision_s,
-                llm_s,
-                num_ranks=self._num_ranks,
-                num_slots=num_slots,
-                objective=self.objective,
-                padded=self._padded,
-                baseline=baseline,
-                tokens=tokens,
-                max_tokens=self._caps.max_tokens,
-                patches=patches,
-                max_patches=self._caps.max_patches,
-                spread=self._has_image[indices] if self._spread_images else None,
-                oversize=self._oversize,
-                seed=(self._seed * 1_000_003 + epoch * 8_191 + step) % 2**31,
-            )
+            found = found or assign(**arguments)
         except BalanceError as error:
             raise BalanceError(f"epoch {epoch}, step {step}, samples {indices.tolist()[:16]}...: {error}") from error
         if self._row_cost is None:
@@ -410,6 +417,18 @@ class BalancedBatchSampler:
             for group in slots
         )
         return priced_by_row(found, self._row_cost, vision_s, tokens, baseline, may_keep=fits)
+
+    def _filled(self, arguments: dict[str, Any]) -> Assignment | None:
+        """The assignment of a step in which microbatches get dummy images; `None` where they need none, or no room."""
+        if self._dummy is None or not self._spread_images:
+            return None
+        filled = with_dummies(arguments, self._dummy)
+        if filled is None:
+            return None
+        try:
+            return without_dummies(assign(**filled), arguments["vision_s"].size)
+        except BalanceError:  # the stock run's dummies exceed the caps, too
+            return None
 
     def _check_epoch(self, ranks: Sequence[Microbatches], epoch: int, num_steps: int) -> None:
         """Raise before the epoch begins, rather than at the step that has too few images."""

@@ -30,6 +30,7 @@ from hf_dflop.integrations.describe import (
     choose_objective,
     computes_all_pairs,
     describe_training,
+    dummy_of,
     image_parameters,
 )
 from hf_dflop.integrations.resume import SampleOrder, check_resumed, recalled, remember
@@ -257,7 +258,8 @@ class DflopCallback(TrainerCallback):
         spec = ModelSpec.from_config(config)
         padded = check_samples(dataloader, self.shapes, spec.image_token_id, self._verify, self._seed)
         check_packed_samples(trainer, dataloader.dataset, dataloader.collate_fn, self.shapes)
-        fills_images = adds_dummy_images(dataloader, self.shapes, spec.image_token_id)
+        dummy_tokens = adds_dummy_images(dataloader, self.shapes, spec.image_token_id)
+        fills_images = dummy_tokens > 0
         needs_images = check_images_and_collectives(
             trainer,
             self.shapes,
@@ -276,10 +278,11 @@ class DflopCallback(TrainerCallback):
             window_steps=self._window_steps,
         )
         caps = stock_caps(self.shapes, sharding.microbatch_size)
+        cost_model = self._cost_model or CostModel.analytic(spec, **describe_training(trainer))
         sampler = BalancedBatchSampler(
             sharding.epoch_groups,
             self.shapes,
-            self._cost_model or CostModel.analytic(spec, **describe_training(trainer)),
+            cost_model,
             rank=sharding.rank,
             num_ranks=sharding.num_ranks,
             num_slots=self._num_slots,
@@ -299,6 +302,7 @@ class DflopCallback(TrainerCallback):
             oversize=self._oversize,
             samples_per_step=global_batch,
             all_pairs=computes_all_pairs(trainer),
+            dummy=dummy_of(cost_model, self.shapes, dummy_tokens),
         )
         sampler.warm_up()
         replace_batch_sampler(dataloader, sampler)

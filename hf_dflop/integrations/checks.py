@@ -154,14 +154,19 @@ def check_images_and_collectives(
     )
 
 
-def adds_dummy_images(dataloader: Any, shapes: Shapes, image_token_id: int | None) -> bool:
-    """Whether the collator gives a microbatch without images a row with one, from which nothing is learned."""
+def adds_dummy_images(dataloader: Any, shapes: Shapes, image_token_id: int | None) -> int:
+    """Tokens of the row, with an image and no label, that the collator adds to a microbatch without images, or 0."""
     bare = np.flatnonzero(shapes.num_images == 0)
     if not bare.size or image_token_id is None or len(dataloader.dataset) != len(shapes):
-        return False
+        return 0
     with _kept_random_state():
         batch = dataloader.collate_fn([dataloader.dataset[int(bare[0])]])
-    return _without_dummy(batch, 1, image_token_id)["input_ids"].numel() < batch["input_ids"].numel()
+    own = _without_dummy(batch, 1, image_token_id)["input_ids"]
+    if own.numel() == batch["input_ids"].numel():
+        return 0
+    if own.shape[0] == 1 and len(batch["input_ids"]) == 1:  # joined
+        return int(batch["input_ids"].shape[1] - own.shape[1])
+    return int(batch["attention_mask"][-1].sum()) if "attention_mask" in batch else int(own.shape[1])
 
 
 def _without_dummy(batch: Any, num_rows: int, image_token_id: int | None) -> dict[str, Any]:

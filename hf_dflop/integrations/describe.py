@@ -2,16 +2,20 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch.distributed.fsdp import FSDPModule
 
-from hf_dflop.cost import Trainable
+from hf_dflop.cost import CostModel, Trainable
+from hf_dflop.data.dummies import Dummy
 from hf_dflop.data.structure import DENSE, ModelStructure
+from hf_dflop.shapes import Shapes
 
 __all__ = [
     "choose_objective",
     "computes_all_pairs",
     "describe_training",
+    "dummy_of",
     "image_parameters",
     "is_image_parameter_trained",
     "is_sharded",
@@ -69,6 +73,28 @@ def describe_training(trainer: Any) -> dict[str, Any]:
 def computes_all_pairs(trainer: Any) -> bool:
     """Whether the LLM's attention computes everything under its mask (SDPA, eager), or skips what is masked."""
     return ModelStructure.of(_plain_model(trainer)).attention in DENSE
+
+
+def dummy_of(cost_model: CostModel, shapes: Shapes, tokens: int) -> Dummy | None:
+    """What a dummy row of so many tokens costs; its patches as those of the dataset's images, by token.
+
+    Args:
+        cost_model ([`CostModel`]): shapes → seconds.
+        shapes ([`Shapes`]): of the dataset.
+        tokens (`int`): LLM positions of the row; 0 for no such row.
+    """
+    if not tokens or not int(shapes.image_tokens.sum()):
+        return None
+    patches = -(-tokens * int(shapes.image_patches.sum()) // int(shapes.image_tokens.sum()))
+    counts = {"num_images": 1, "image_tiles": 1, "image_patches": patches, "image_patches_sq": patches**2}
+    row = Shapes(
+        **{name: np.array([count]) for name, count in counts.items()},
+        image_tokens=np.array([tokens]),
+        text_tokens=np.array([0]),
+        label_tokens=np.array([0]),
+    )
+    vision_s, llm_s = cost_model.sample_seconds(row)[0]
+    return Dummy(vision_s=float(vision_s), llm_s=float(llm_s), tokens=tokens, patches=patches)
 
 
 def is_image_parameter_trained(trainer: Any) -> bool:

@@ -79,7 +79,7 @@ def install_stream(
     spec = ModelSpec.from_config(trainer.accelerator.unwrap_model(trainer.model).config)
     padded = check_samples(tried, shapes, spec.image_token_id, verify, settings["seed"])
     check_packed_samples(trainer, rows, dataloader.collate_fn, shapes)
-    fills = adds_dummy_images(tried, shapes, spec.image_token_id)
+    fills = adds_dummy_images(tried, shapes, spec.image_token_id) > 0
     needs = needs_image_everywhere(trainer)
     if needs and not balance and not fills:
         raise TrainerError(
