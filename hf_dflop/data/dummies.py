@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from hf_dflop.balance import Assignment
+from hf_dflop.balance import Assignment, assign
+from hf_dflop.errors import BalanceError
 
-__all__ = ["Dummy", "with_dummies", "without_dummies"]
+__all__ = ["Dummy", "assign_filled", "with_dummies", "without_dummies"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,6 +29,17 @@ class Dummy:
     llm_s: float
     tokens: int
     patches: int
+
+
+def assign_filled(arguments: dict[str, Any], dummy: Dummy | None) -> Assignment | None:
+    """`assign` with dummies counted; `None` where the step needs none, or the caps leave no room for them."""
+    filled = None if dummy is None else with_dummies(arguments, dummy)
+    if filled is None:
+        return None
+    try:
+        return without_dummies(assign(**filled), arguments["vision_s"].size)
+    except BalanceError:
+        return None
 
 
 def with_dummies(arguments: dict[str, Any], dummy: Dummy) -> dict[str, Any] | None:

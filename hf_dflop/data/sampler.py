@@ -21,12 +21,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hf_dflop.balance import Assignment, assign, pair_giants, warm_up
+from hf_dflop.balance import Assignment, assign, warm_up
 from hf_dflop.cost import CostModel
-from hf_dflop.data.dummies import Dummy, with_dummies, without_dummies
+from hf_dflop.data.dummies import Dummy, assign_filled
 from hf_dflop.data.joined_rows import priced_by_row, sample_costs
 from hf_dflop.data.lookahead import look_ahead
-from hf_dflop.errors import BalanceError, DatasetError
+from hf_dflop.data.place import done_microbatches, place_of
+from hf_dflop.data.windows import paired_steps
+from hf_dflop.errors import BalanceError
 from hf_dflop.shapes import Shapes
 
 __all__ = ["BalancedBatchSampler", "Caps", "StepPlan", "stock_caps"]
@@ -189,8 +191,11 @@ class BalancedBatchSampler:
         self._look_ahead_steps = look_ahead_steps
         self._window_steps = window_steps if balance else 1
         self._oversize = oversize
-        self._samples_per_step = samples_per_step
-        self._fingerprint = shapes.fingerprint()
+        self._cut: dict[str, Any] = {
+            "num_slots": num_slots,
+            "samples_per_step": samples_per_step,
+            "dataset": shapes.fingerprint(),
+        }
         self._dummy = dummy
         self._row_cost = cost_model if all_pairs and not padded else None
         self._per_microbatch_s = cost_model.per_microbatch_s
@@ -246,13 +251,7 @@ class BalancedBatchSampler:
                 which loader workers may have fetched ahead of training.
         """
         done = self._num_yielded if num_microbatches is None else num_microbatches
-        return {
-            "epoch": self.epoch,
-            "step": done // self._num_slots,
-            "slot": done % self._num_slots,
-            "samples_per_step": self._samples_per_step,
-            "dataset": self._fingerprint,
-        }
+        return place_of(epoch=self.epoch, done=done, **self._cut)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken, also on another number of ranks; nothing before it is handed out again.
@@ -262,24 +261,9 @@ class BalancedBatchSampler:
             BalanceError: steps had another number of samples, or the state lies within a step that is cut otherwise
                 now.
         """
-        if state["dataset"] != self._fingerprint:
-            raise DatasetError(
-                f"the state was taken on a dataset with shapes {state['dataset']}, this one has {self._fingerprint}: "
-                "its order means nothing here. Resume with the dataset of the interrupted run."
-            )
-        if state["samples_per_step"] != self._samples_per_step:
-            raise BalanceError(
-                f"the state was taken with {state['samples_per_step']} samples a step, and a step has "
-                f"{self._samples_per_step} here. Keep ranks x accumulation x batch size."
-            )
-        if state["slot"] >= self._num_slots:
-            raise BalanceError(
-                f"the state lies before microbatch {state['slot']} of a step, which has {self._num_slots} here. Take "
-                "it between steps, or keep the number of microbatches."
-            )
+        self._first_microbatch = self._num_yielded = done_microbatches(state, **self._cut)
         self.epoch = state["epoch"]
         self.resume_step = 0
-        self._first_microbatch = self._num_yielded = state["step"] * self._num_slots + state["slot"]
 
     def __iter__(self) -> Iterator[list[int]]:
         begin, self._first_microbatch = self._first_microbatch, 0
@@ -333,22 +317,12 @@ class BalancedBatchSampler:
         return [slots[begin : begin + self._num_slots] for slots in ranks]
 
     def _paired(self, ranks: Sequence[Microbatches], step: int, num_steps: int) -> dict[int, list[Microbatches]]:
-        """The steps of the window of `step`, giants paired, each dealt as the stock step was."""
+        """The steps of the window of `step`, giants paired."""
         begin = step - step % self._window_steps
         steps = range(begin, min(begin + self._window_steps, num_steps))
-        stock = {step: self._stock_of(ranks, step) for step in steps}
-        if any(len({len(slots) for slots in groups}) > 1 for groups in stock.values()):
-            return stock  # ranks with different numbers of microbatches, at the end of an epoch
-        members = [[i for slots in groups for group in slots for i in group] for groups in stock.values()]
-        indices = np.array(list(itertools.chain.from_iterable(members)), dtype=np.int64)
-        if np.unique(indices).size != indices.size:
-            return stock  # the end of an epoch repeats samples: not twice in one step
-        costs = self._vision_s[indices] + self._llm_s[indices]
-        paired = pair_giants(costs, [len(step) for step in members], self._num_ranks)
-        for step, positions in zip(steps, paired, strict=True):
-            rest = iter(indices[positions].tolist())
-            stock[step] = [[[next(rest) for _ in group] for group in slots] for slots in stock[step]]
-        return stock
+        seconds = self._vision_s + self._llm_s
+        paired = paired_steps([self._stock_of(ranks, step) for step in steps], seconds, self._num_ranks)
+        return dict(zip(steps, paired, strict=True))
 
     def has_image(self, plan: StepPlan) -> bool:
         """Whether any sample of the step has an image."""
@@ -403,9 +377,8 @@ class BalancedBatchSampler:
             "oversize": self._oversize,
             "seed": (self._seed * 1_000_003 + epoch * 8_191 + step) % 2**31,
         }
-        found = self._filled(arguments)
         try:
-            found = found or assign(**arguments)
+            found = (assign_filled(arguments, self._dummy) if self._spread_images else None) or assign(**arguments)
         except BalanceError as error:
             raise BalanceError(f"epoch {epoch}, step {step}, samples {indices.tolist()[:16]}...: {error}") from error
         if self._row_cost is None:
@@ -417,18 +390,6 @@ class BalancedBatchSampler:
             for group in slots
         )
         return priced_by_row(found, self._row_cost, vision_s, tokens, baseline, may_keep=fits)
-
-    def _filled(self, arguments: dict[str, Any]) -> Assignment | None:
-        """The assignment of a step in which microbatches get dummy images; `None` where they need none, or no room."""
-        if self._dummy is None or not self._spread_images:
-            return None
-        filled = with_dummies(arguments, self._dummy)
-        if filled is None:
-            return None
-        try:
-            return without_dummies(assign(**filled), arguments["vision_s"].size)
-        except BalanceError:  # the stock run's dummies exceed the caps, too
-            return None
 
     def _check_epoch(self, ranks: Sequence[Microbatches], epoch: int, num_steps: int) -> None:
         """Raise before the epoch begins, rather than at the step that has too few images."""

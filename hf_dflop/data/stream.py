@@ -21,10 +21,12 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from hf_dflop.balance import assign, pair_giants, warm_up
+from hf_dflop.balance import assign, warm_up
 from hf_dflop.cost import CostModel
+from hf_dflop.data.place import done_microbatches, place_of
 from hf_dflop.data.rows_of_stream import Row, RowReader
 from hf_dflop.data.sampler import Caps, StepPlan
+from hf_dflop.data.windows import paired_steps
 from hf_dflop.errors import BalanceError, DatasetError
 from hf_dflop.shapes import SHAPE_COLUMNS, Shapes
 
@@ -140,12 +142,10 @@ class BalancedStream(IterableDataset):
                 as `StatefulDataLoader` asks for in each of its workers.
         """
         done = self._num_passed if num_microbatches is None else num_microbatches
-        return {
-            "epoch": int(self._position[0]),
-            "step": done // self._num_slots,
-            "slot": done % self._num_slots,
-            "samples_per_step": self.samples_per_step,
-        }
+        return place_of(
+            epoch=self.epoch, done=done, num_slots=self._num_slots, samples_per_step=self.samples_per_step,
+            dataset=None,
+        )  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken, also on another number of ranks. Rows before it are read, but not decoded.
@@ -153,13 +153,9 @@ class BalancedStream(IterableDataset):
         Raises:
             BalanceError: steps had another number of samples, or the state lies within a step that is cut otherwise.
         """
-        if state["samples_per_step"] != self.samples_per_step or state["slot"] >= self._num_slots:
-            raise BalanceError(
-                f"the state was taken with {state['samples_per_step']} samples a step before microbatch "
-                f"{state['slot']}, and a step has {self.samples_per_step} samples in {self._num_slots} microbatches "
-                "here. Keep ranks x accumulation x batch size, and take the state between steps."
-            )
-        done = state["step"] * self._num_slots + state["slot"]
+        done = done_microbatches(
+            state, num_slots=self._num_slots, samples_per_step=self.samples_per_step, dataset=None
+        )
         if get_worker_info() is None:
             self._position[:] = torch.tensor([state["epoch"], done, 0])
         # A StatefulDataLoader gives every worker its own state back, and goes on with the worker that is next.
@@ -226,7 +222,11 @@ class BalancedStream(IterableDataset):
             if not stock:
                 return
             shapes = self._shapes(rows)
-            for step, groups in enumerate(self._paired(stock, shapes, window), window):
+            if len(stock) > 1:
+                seconds = np.zeros(max(rows) + 1)
+                seconds[list(rows)] = self._cost_model.vision_s(shapes) + self._cost_model.llm_s(shapes)
+                stock = paired_steps(stock, seconds, self._num_ranks)
+            for step, groups in enumerate(stock, window):
                 if step >= first_step:
                     yield step, rows, self._plan(groups, shapes, window, epoch, step)
 
@@ -250,19 +250,6 @@ class BalancedStream(IterableDataset):
                 "that hf_dflop.profile_dataset returns."
             )
         return Shapes.from_columns({name: [int(row[name]) for row in rows.values()] for name in SHAPE_COLUMNS})
-
-    def _paired(self, stock: list[list[list[list[int]]]], shapes: Shapes, window: int) -> list[list[list[list[int]]]]:
-        if len(stock) < 2:
-            return stock
-        offset = window * self.samples_per_step
-        costs = self._cost_model.vision_s(shapes) + self._cost_model.llm_s(shapes)
-        # Costs are in reading order, and so are the steps.
-        positions = pair_giants(costs, [self.samples_per_step] * len(stock), self._num_ranks)
-        paired = []
-        for groups, members in zip(stock, positions, strict=True):
-            rest = iter((offset + members).tolist())
-            paired.append([[[next(rest) for _ in group] for group in slots] for slots in groups])
-        return paired
 
     def _plan(self, stock: list[list[list[int]]], shapes: Shapes, window: int, epoch: int, step: int) -> StepPlan:
         begin = time.perf_counter()

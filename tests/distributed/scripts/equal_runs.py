@@ -1,7 +1,8 @@
 """24 steps of stock and of balanced training agree in every parameter: DDP and FSDP2, padded and packed, LoRA.
 
 `ddp FILE` trains under DDP and saves what the stock runs end with; `fsdp FILE` trains under FSDP2 and compares with
-those, too. The rows without an image, on which a stock FSDP run breaks off, get a dummy image there.
+those, too. The rows without an image, on which a stock FSDP run breaks off, get a dummy image there. `loaded FILE`
+does so with a model that transformers sharded when it was loaded.
 """
 
 import os
@@ -21,6 +22,7 @@ from tests.distributed.sharding import FSDP_ARGUMENTS, assert_sharded, let_cpus_
 WORLD = int(os.environ["EXPECTED_WORLD_SIZE"])
 STEPS = 24
 SHARDED = sys.argv[1] == "fsdp"
+LOADED = sys.argv[1] == "loaded"
 SINGLE, DOUBLE = 1e-5, 1e-12
 SLOTS = {1: 8, 4: 2}
 """Microbatches of a step, and samples in each: 16 samples a step, on two ranks."""
@@ -31,6 +33,13 @@ Final = dict[str, torch.Tensor]
 
 def model(dtype: torch.dtype, lora: bool) -> Any:
     fresh = tiny.model(dtype)
+    if LOADED:
+        from transformers.distributed import DistributedConfig
+
+        folder = f"{sys.argv[2]}.model"
+        fresh.save_pretrained(folder)
+        torch.distributed.barrier()
+        return type(fresh).from_pretrained(folder, distributed_config=DistributedConfig(fsdp_size=WORLD))
     if not lora:
         return fresh
     torch.manual_seed(1)
@@ -61,7 +70,7 @@ def run(
     )
     assert trainer.accelerator.num_processes == WORLD
     assert trainer.state.global_step == STEPS
-    if SHARDED:
+    if SHARDED or LOADED:
         assert_sharded(trainer)
     else:
         assert isinstance(trainer.model_wrapped, DistributedDataParallel)
@@ -121,7 +130,16 @@ def under_fsdp(path: str) -> None:
         assert difference <= (SINGLE if dtype == torch.float32 else DOUBLE), (name, difference)
 
 
+def loaded(path: str) -> None:
+    mixed, _ = tiny.rows(61)
+    saved = torch.load(path)
+    final, _ = run(mixed, slots=4, balanced=True, packed=True, dummy=True)
+    difference = relative_difference(final, saved["4 False torch.float32"])
+    print(f"equal_runs loaded, against DDP: {difference:.1e}")
+    assert difference <= SINGLE, difference
+
+
 if __name__ == "__main__":
     PartialState(cpu=True)
-    (under_fsdp if SHARDED else under_ddp)(sys.argv[2])
+    {"ddp": under_ddp, "fsdp": under_fsdp, "loaded": loaded}[sys.argv[1]](sys.argv[2])
     PartialState().destroy_process_group()
