@@ -35,8 +35,8 @@ def done_microbatches(
     """
     if place["dataset"] != dataset:
         raise DatasetError(
-            f"the state was taken on a dataset with shapes {place['dataset']}, this one has {dataset}: its order means "
-            "nothing here. Resume with the dataset of the interrupted run."
+            f"the state was taken on a dataset with shapes {place['dataset']}, this one has {dataset}: its order "
+            "means nothing here. Resume with the dataset of the interrupted run."
         )
     if place["samples_per_step"] != samples_per_step:
         raise BalanceError(

@@ -198,7 +198,7 @@ class DflopCallback(TrainerCallback):
         self._order: SampleOrder | None = None
         self._epoch = state.global_step // self._steps_per_epoch - 1
         self._resume_step = 0 if args.ignore_data_skip else state.global_step % self._steps_per_epoch
-        if is_stream(dataloader.dataset):
+        if is_stream(dataloader.dataset) and self._balance:
             self.sampler = self._install_stream(trainer, dataloader)
         elif is_sampled:
             self.sampler = self._install(trainer, dataloader)
@@ -217,7 +217,7 @@ class DflopCallback(TrainerCallback):
             self._trace = TraceWriter(self._trace_dir, self._rank, resume=state.global_step > 0)
 
     def _install_stream(self, trainer: Any, dataloader: Any) -> BalancedStream:
-        stream, fills_images, fingerprint = install_stream(
+        stream, fills_images, self._order = install_stream(
             trainer,
             dataloader,
             num_slots=self._num_slots,
@@ -226,19 +226,13 @@ class DflopCallback(TrainerCallback):
             caps=Caps(max_tokens=self._max_tokens, max_patches=self._max_patches),
             balance=self._balance,
             verify=self._verify,
+            steps_per_epoch=self._steps_per_epoch,
             oversize=self._oversize,
             window_steps=self._window_steps,
             seed=self._seed,
         )
         if fills_images and not trainer.is_deepspeed_enabled:
             self._image_parameters = image_parameters(trainer)
-        self._order = SampleOrder(
-            dataset=fingerprint,
-            num_samples=-1,
-            samples_per_step=stream.samples_per_step,
-            steps_per_epoch=self._steps_per_epoch,
-            window_steps=self._window_steps,
-        )
         return stream
 
     def _install(self, trainer: Any, dataloader: Any) -> BalancedBatchSampler:

@@ -29,6 +29,7 @@ from hf_dflop.integrations.checks import (
     needs_image_everywhere,
 )
 from hf_dflop.integrations.describe import choose_objective, describe_training
+from hf_dflop.integrations.resume import SampleOrder
 from hf_dflop.shapes import SHAPE_COLUMNS, Shapes
 
 __all__ = ["install_stream", "is_stream"]
@@ -51,12 +52,13 @@ def install_stream(
     caps: Caps,
     balance: bool,
     verify: int,
+    steps_per_epoch: int,
     **settings: Any,
-) -> tuple[BalancedStream, bool, str]:
+) -> tuple[BalancedStream, bool, SampleOrder]:
     """Put a [`BalancedStream`] into the dataloader of a Trainer.
 
     Returns:
-        The stream, whether the collator adds dummy images, and the fingerprint of the first rows.
+        The stream, whether the collator adds dummy images, and what a checkpoint has to remember.
 
     Raises:
         DatasetError: the stream is not annotated, or too short.
@@ -115,7 +117,14 @@ def install_stream(
         )
     stream.warm_up()
     replace_stream(dataloader, stream, _CollateOrNothing(dataloader.collate_fn))
-    return stream, fills, shapes.fingerprint()
+    order = SampleOrder(
+        dataset=shapes.fingerprint(),
+        num_samples=-1,
+        samples_per_step=stream.samples_per_step,
+        steps_per_epoch=steps_per_epoch,
+        window_steps=settings["window_steps"],
+    )
+    return stream, fills, order
 
 
 class _CollateOrNothing:
