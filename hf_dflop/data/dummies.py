@@ -49,13 +49,13 @@ def with_dummies(arguments: dict[str, Any], dummy: Dummy) -> dict[str, Any] | No
     if int(has_image.sum()) >= num_groups:
         return None
     number = has_image.size
-    grown = []
+    grown: list[list[list[int]]] = []
     for slots in baseline:
         grown.append([])
         for group in slots:
             bare = not has_image[list(group)].any()
             grown[-1].append([*group, number] if bare else list(group))
-            number += bare
+            number += int(bare)
     added = number - has_image.size
     return {
         **arguments,

@@ -50,7 +50,7 @@ def priced_by_row(
     keeps = assignment.is_baseline
     if may_keep and stock.seconds <= own.seconds:
         own, keeps = stock, True
-    num_ranks, num_slots = own.llm.shape
+    num_ranks, num_slots = len(own.groups), len(own.groups[0])
     even = float(cost_model.llm_s([int(tokens.sum()) // (num_ranks * num_slots)])[0]) * num_slots
     bound_s = vision_s.sum() / num_ranks + even
     if assignment.objective == "pipeline":
@@ -79,6 +79,6 @@ class _Price:
         self.llm = cost_model.llm_s(lengths.ravel()).reshape(lengths.shape)
         self.vision = np.array([[float(vision_s[group].sum()) for group in slots] for slots in groups])
         self.seconds = float(OBJECTIVES[objective](self.vision, self.llm))
-        lanes = self.llm.shape[0] * (2 * self.llm.shape[1] if objective == "pipeline" else 1)
+        lanes = len(groups) * (2 * len(groups[0]) if objective == "pipeline" else 1)
         total = float((self.vision + self.llm).sum())
         self.imbalance = 1.0 - total / (self.seconds * lanes) if self.seconds else 0.0

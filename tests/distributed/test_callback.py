@@ -40,8 +40,8 @@ def test_packed_and_balanced_training_takes_the_steps_of_padded_stock_training()
 def test_balanced_runs_agree_with_stock_runs_in_every_parameter(tmp_path: Path) -> None:
     """DDP, then FSDP2 through the same Trainer, compared among themselves and with DDP."""
     script, path = "tests.distributed.scripts.equal_runs", str(tmp_path / "stock.pt")
-    assert launch(script, "ddp", path, num_processes=2).count("equal_runs ddp") == 2 * 8
-    assert launch(script, "fsdp", path, num_processes=2).count("equal_runs fsdp") == 2 * 6
+    assert launch(script, "ddp", path, num_processes=2).count("equal_runs ddp") == 2 * 5
+    assert launch(script, "fsdp", path, num_processes=2).count("equal_runs fsdp") == 2 * 4
 
 
 def test_resuming_goes_on_with_the_same_samples_on_another_number_of_ranks(tmp_path: Path) -> None:
