@@ -223,9 +223,8 @@ class BalancedStream(IterableDataset):
                 return
             shapes = self._shapes(rows)
             if len(stock) > 1:
-                seconds = np.zeros(max(rows) + 1)
-                seconds[list(rows)] = self._cost_model.vision_s(shapes) + self._cost_model.llm_s(shapes)
-                stock = paired_steps(stock, seconds, self._num_ranks)
+                seconds = self._cost_model.vision_s(shapes) + self._cost_model.llm_s(shapes)
+                stock = paired_steps(stock, seconds, self._num_ranks, first_index=window * self.samples_per_step)
             for step, groups in enumerate(stock, window):
                 if step >= first_step:
                     yield step, rows, self._plan(groups, shapes, window, epoch, step)

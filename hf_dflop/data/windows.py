@@ -15,13 +15,16 @@ from hf_dflop.balance import pair_giants
 __all__ = ["paired_steps"]
 
 
-def paired_steps(steps: Sequence[Any], seconds: npt.NDArray[np.float64], num_ranks: int) -> list[Any]:
+def paired_steps(
+    steps: Sequence[Any], seconds: npt.NDArray[np.float64], num_ranks: int, *, first_index: int = 0
+) -> list[Any]:
     """Pair giants across `steps`.
 
     Args:
         steps (`Sequence`): for each step, rank → slot → sample indices.
-        seconds (`npt.NDArray[np.float64]`): of each sample, by index.
+        seconds (`npt.NDArray[np.float64]`): of each sample, by index from `first_index` on.
         num_ranks (`int`): ranks that share a step.
+        first_index (`int`, *optional*, defaults to 0): index of the first of `seconds`.
 
     Returns:
         `list`: the steps; as they are where ranks differ in their microbatches, or a sample comes twice (the end of an
@@ -33,7 +36,7 @@ def paired_steps(steps: Sequence[Any], seconds: npt.NDArray[np.float64], num_ran
     indices = np.array(list(chain.from_iterable(members)), dtype=np.int64)
     if np.unique(indices).size != indices.size:
         return list(steps)
-    paired = pair_giants(seconds[indices], [len(step) for step in members], num_ranks)
+    paired = pair_giants(seconds[indices - first_index], [len(step) for step in members], num_ranks)
     dealt = []
     for step, positions in zip(steps, paired, strict=True):
         rest = iter(indices[positions].tolist())
