@@ -42,7 +42,7 @@ __all__ = ["profile_dataset"]
 
 logger = logging.getLogger(__name__)
 
-_BATCH_ROWS = 64
+_BATCH_ROWS = 512
 _LOOKED_AT = 64
 """Rows in which the layout is looked for, when the first ones are not readable."""
 _STREAM_SAMPLES = 1000
@@ -214,7 +214,7 @@ def _profile_rows(data: Any, policy: _Policy, source: dict[str, Any]) -> tuple[A
     if annotation_of(data) == record:
         plain = data.with_format(None)
         shapes = Shapes.of_dataset(data)
-        reasons = reasons_of(plain[ERROR_COLUMN]) if ERROR_COLUMN in data.column_names else {}
+        reasons = reasons_of(plain[ERROR_COLUMN][:]) if ERROR_COLUMN in data.column_names else {}
         raise_first(reasons, len(data), policy.on_error)
         annotated = data if (ERROR_COLUMN in data.column_names) == (policy.on_error == "mark") else None
     else:
@@ -365,7 +365,7 @@ def _cached_counts(raw: Any, policy: _Policy, layout: Layout, record: dict[str, 
         new_fingerprint=key,
         desc="Counting tokens",
     )
-    reasons = {**damaged, **reasons_of(counted.with_format(None)[ERROR_COLUMN])}
+    reasons = {**damaged, **reasons_of(counted.with_format(None)[ERROR_COLUMN][:])}
     columns = {
         name: np.array(values) for name, values in counted.with_format("numpy", columns=list(features))[:].items()
     }
