@@ -5,16 +5,17 @@ once: the image token is a special token of its own, so folding a run of k remov
 no other, whatever the text around the image merges to. Only rows longer than `max_length` are tokenised in full.
 """
 
+import gc
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from hf_dflop.errors import DatasetError, DflopError
-from hf_dflop.profile.tokenise import Tokeniser
+from hf_dflop.profile.tokenise import Tokeniser, count_tokens
 from hf_dflop.profile.tokens import ImageCount, TokenCounter
 from hf_dflop.rows import Layout, Rendered, Renderer, Row, image_size, read_row
-from hf_dflop.rows.labels import Span, expand, labelled
+from hf_dflop.rows.labels import Span, expand
 from hf_dflop.shapes import COLUMN_PREFIX, SHAPE_COLUMNS
 
 if TYPE_CHECKING:
@@ -51,9 +52,17 @@ class Annotator:
         self.raises = raises
         self.renderer = Renderer(counter.processor, labels)
         self.tokenise = Tokeniser(counter.processor.tokenizer)
+        self._feature_id = counter.token.feature_id
 
     def __call__(self, table: "pa.Table", indices: Sequence[int]) -> dict[str, list[Any]]:
-        return self._columns(self.count_all(self._read(table, indices)))
+        # A batch makes many small objects and no cycles; the collector would look through the whole heap for them.
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            return self._columns(self.count_all(self._read(table, indices)))
+        finally:
+            if collects:
+                gc.enable()
 
     def annotate(self, rows: Sequence[Mapping[str, Any]], indices: Sequence[int]) -> dict[str, list[Any]]:
         """The columns for rows that are Python values, images undecoded; what a stream gives."""
@@ -139,19 +148,15 @@ class Annotator:
             for text, parts in zip(rendered, images, strict=True)
         ]
         tokens = self.tokenise([text for text, _ in folded], [text.add_special_tokens for text in rendered])
+        counted = count_tokens(tokens, [spans for _, spans in folded], self.renderer.labels, self._feature_id)
         results = []
-        for row, parts, text, (_, spans), (ids, offsets) in zip(rows, images, rendered, folded, tokens, strict=True):
-            num_runs = sum(len(image.runs) for image in parts)
-            is_feature = ids == self.counter.token.feature_id
-            if int(is_feature.sum()) != num_runs:
+        for row, parts, text, (length, features, labels) in zip(rows, images, rendered, counted.tolist(), strict=True):
+            if features != sum(len(image.runs) for image in parts):
                 raise DatasetError(
                     f"{row.name}: the text itself contains the image token {self.counter.token.feature!r}"
                 )
             counts = {field: sum(getattr(image, name) for image in parts) for field, name in _SUMMED.items()}
-            counts["num_images"] = len(parts)
-            counts["text_tokens"] = len(ids) - num_runs
-            learned = labelled(offsets, spans, self.renderer.labels) & ~is_feature
-            counts["label_tokens"] = int(learned[1:].sum())
+            counts |= {"num_images": len(parts), "text_tokens": length - features, "label_tokens": labels}
             if text.suffix is not None:
                 self._add_suffix(counts, text.suffix)
             if self.max_length is not None and counts["text_tokens"] + counts["image_tokens"] > self.max_length:
@@ -199,15 +204,16 @@ class Annotator:
         placeholder = self.counter.token.placeholder
         spans: list[Span]
         full, spans = expand(text.text, placeholder, [image.replacement for image in images], text.spans)
-        ids, offsets = self.tokenise.cut(full, text.add_special_tokens, self.max_length)
-        is_feature = ids == self.counter.token.feature_id
-        if int(is_feature.sum()) != counts["image_tokens"]:
+        kept = self.tokenise.cut(full, text.add_special_tokens, self.max_length)
+        ((num_kept, features, labels),) = count_tokens(
+            [kept], [spans], self.renderer.labels, self._feature_id
+        ).tolist()
+        if features != counts["image_tokens"]:
             raise DatasetError(
-                advice + f"the cut would keep {int(is_feature.sum())} of {counts['image_tokens']} image tokens, and "
+                advice + f"the cut would keep {features} of {counts['image_tokens']} image tokens, and "
                 "images cannot be cut: drop the row or raise max_length"
             )
-        counts["text_tokens"] = len(ids) - counts["image_tokens"]
-        counts["label_tokens"] = int((labelled(offsets, spans, self.renderer.labels) & ~is_feature)[1:].sum())
+        counts |= {"text_tokens": num_kept - features, "label_tokens": labels}
 
 
 def _said(error: Exception, name: str) -> DflopError:

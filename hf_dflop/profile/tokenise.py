@@ -1,20 +1,24 @@
-"""Texts → ids and character offsets of their tokens, in batches, as the tokenizer's own call gives them.
+"""Texts → how many tokens each has, how many of them are image tokens, and how many are learned.
 
 A tokenizer's call converts each encoding into lists for every key it may return; counting needs two of them. The
-backend is therefore asked directly, as soon as it gave the same as the tokenizer's own call for a first batch.
+backend is therefore asked directly, as soon as it gave the same as the tokenizer's own call for a first batch. The
+tokens of all texts are then counted together.
 """
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from hf_dflop.errors import ProcessorError
+from hf_dflop.rows.labels import Span
 
-__all__ = ["Tokeniser"]
+__all__ = ["Tokeniser", "Tokens", "count_tokens"]
 
-Tokens = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
+Tokens = tuple[list[int], list[tuple[int, int]]]
+"""Ids, and the character offsets of each."""
 
 
 class Tokeniser:
@@ -34,7 +38,7 @@ class Tokeniser:
         self._agrees: dict[bool, bool] = {}
 
     def __call__(self, texts: Sequence[str], add_special_tokens: Sequence[bool]) -> list[Tokens]:
-        """Ids `(num_tokens,)` and offsets `(num_tokens, 2)` of each text."""
+        """The tokens of each text."""
         result: list[Any] = [None] * len(texts)
         for special in (True, False):
             picked = [i for i, wanted in enumerate(add_special_tokens) if wanted is special]
@@ -52,10 +56,7 @@ class Tokeniser:
             return self._direct(texts, special)
         called = self._called(texts, special, truncation=False)
         if special not in self._agrees:
-            direct = self._direct(texts, special)
-            self._agrees[special] = all(
-                np.array_equal(a, b) for one, other in zip(called, direct, strict=True) for a, b in zip(one, other)
-            )
+            self._agrees[special] = called == self._direct(texts, special)
         return called
 
     def _called(self, texts: list[str], special: bool, **kwargs: Any) -> list[Tokens]:
@@ -67,17 +68,60 @@ class Tokeniser:
             padding=False,
             **kwargs,
         )
-        return [
-            _arrays(ids, offsets)
-            for ids, offsets in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
-        ]
+        return list(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True))
 
     def _direct(self, texts: list[str], special: bool) -> list[Tokens]:
         backend = self.tokenizer.backend_tokenizer
         backend.no_truncation()  # the last call of the tokenizer may have left its own settings
         backend.no_padding()
-        return [_arrays(e.ids, e.offsets) for e in backend.encode_batch(texts, add_special_tokens=special)]
+        return [(e.ids, e.offsets) for e in backend.encode_batch(texts, add_special_tokens=special)]
 
 
-def _arrays(ids: list[int], offsets: list[tuple[int, int]]) -> Tokens:
-    return np.array(ids, np.int64), np.array(offsets, np.int64).reshape(-1, 2)
+def count_tokens(
+    tokens: Sequence[Tokens], spans: Sequence[Sequence[Span]], policy: str, feature_id: int
+) -> npt.NDArray[np.int64]:
+    """Tokens, image tokens and labels of each text, `(num_texts, 3)`.
+
+    Which tokens are labels is what `rows.labels.labelled` says, here for all texts at once: characters are numbered
+    on from text to text, and the first span that ends behind a token's start is found by bisection. Labels are
+    counted after the shift, so that a text's first token is none.
+
+    Args:
+        tokens (`Sequence[Tokens]`): ids and offsets of each text.
+        spans (`Sequence[Sequence[Span]]`): the learned spans of each text, in order and apart.
+        policy (`str`): label policy.
+        feature_id (`int`): id of image tokens, which are never labels.
+
+    Example:
+        >>> count_tokens([([5, 6, 7], [(0, 0), (0, 2), (2, 5)])], [[(2, 5)]], "assistant", 9).tolist()
+        [[3, 0, 1]]
+    """
+    lengths = np.array([len(ids) for ids, _ in tokens], dtype=np.int64)
+    total = int(lengths.sum())
+    text_of = np.repeat(np.arange(len(tokens)), lengths)
+    ids = np.fromiter(chain.from_iterable(ids for ids, _ in tokens), dtype=np.int64, count=total)
+    pairs = chain.from_iterable(chain.from_iterable(offsets for _, offsets in tokens))
+    offsets = np.fromiter(pairs, dtype=np.int64, count=2 * total).reshape(-1, 2)
+    widths = [
+        1 + max(where[-1][1] if where else 0, max((end for _, end in marks), default=0))
+        for (_, where), marks in zip(tokens, spans, strict=True)
+    ]
+    bases = np.concatenate([[0], np.cumsum(widths)[:-1]]).astype(np.int64)
+    starts, ends = offsets[:, 0] + bases[text_of], offsets[:, 1] + bases[text_of]
+    learned = (starts == ends) if policy == "all" else np.zeros(total, dtype=bool)
+    marked = [
+        (first + base, last + base) for marks, base in zip(spans, bases.tolist(), strict=True) for first, last in marks
+    ]
+    if marked:
+        firsts, lasts = np.array(marked, dtype=np.int64).T
+        found = np.searchsorted(lasts, starts, side="right")
+        learned |= (found < len(lasts)) & (firsts[np.minimum(found, len(lasts) - 1)] < ends)
+    is_feature = ids == feature_id
+    learned &= ~is_feature
+    learned[np.cumsum(lengths)[:-1][lengths[1:] > 0]] = False
+    learned[:1] = False
+    counts = np.zeros((len(tokens), 3), dtype=np.int64)
+    counts[:, 0] = lengths
+    counts[:, 1] = np.bincount(text_of, weights=is_feature, minlength=len(tokens))
+    counts[:, 2] = np.bincount(text_of, weights=learned, minlength=len(tokens))
+    return counts

@@ -45,6 +45,8 @@ def image_token(processor: Any) -> ImageToken:
     main = getattr(processor, "image_token_id", None)
     # Gemma 3 calls its begin-of-image token `image_token_id`; what it declares as features is in `image_token_ids`.
     feature_id = main if main in declared or not declared else declared[0]
+    if feature_id is None and placeholder in processor.tokenizer.get_vocab():
+        feature_id = processor.tokenizer.convert_tokens_to_ids(placeholder)  # Janus keeps no id
     if placeholder is None or feature_id is None:
         raise ProcessorError(
             f"{type(processor).__name__} has no image token; a processor of a vision-language model whose "
