@@ -15,7 +15,7 @@ from PIL import Image
 
 from hf_dflop.errors import DatasetError
 from hf_dflop.profile import DatasetProfile, profile_dataset
-from hf_dflop.profile import dataset as module
+from hf_dflop.profile import counts as module
 from hf_dflop.rows import encode, read_row
 from hf_dflop.rows.layout import Layout
 from hf_dflop.shapes import SHAPE_COLUMNS, Shapes

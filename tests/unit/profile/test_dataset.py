@@ -15,7 +15,7 @@ from PIL import Image
 
 from hf_dflop.errors import DatasetError, ShapeMismatchError
 from hf_dflop.profile import DatasetProfile, annotation_of, processor_fingerprint, profile_dataset
-from hf_dflop.profile import dataset as module
+from hf_dflop.profile import counts as module
 from hf_dflop.rows import encode, read_row
 from hf_dflop.rows.layout import Layout
 from hf_dflop.shapes import SHAPE_COLUMNS, Shapes
@@ -74,8 +74,8 @@ def test_no_pixel_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     data = make()
     for name in ("PIL.Image.Image.load", "PIL.ImageFile.ImageFile.load", "PIL.PngImagePlugin.PngImageFile.load_end"):
         monkeypatch.setattr(name, lambda *_: pytest.fail("pixels were decoded"))
-    # The blank image of the self-check is the one picture that is really processed.
-    monkeypatch.setattr("hf_dflop.profile.tokens.TokenCounter._check_blank_image", lambda *_: None)
+    # The image of the self-check is the one picture that is really processed.
+    monkeypatch.setattr("hf_dflop.profile.tokens.TokenCounter._check_probe", lambda *_: None)
     annotated, _ = profile_dataset(data, tiny.idefics3(), config=tiny.CONFIG, verify=0)
     assert len(annotated) == 24
 
@@ -117,12 +117,12 @@ def test_a_second_call_reads_the_cache(monkeypatch: pytest.MonkeyPatch, own_cach
 SECOND_PROCESS = """
 import sys, time
 import datasets
-from hf_dflop.profile import dataset as module
+from hf_dflop.profile import counts as module, profile_dataset
 from tests.unit.rows import tiny
 data, processor = datasets.load_from_disk(sys.argv[1]), tiny.llava()
 module.Annotator = None
 start = time.perf_counter()
-annotated, profile = module.profile_dataset(data, processor)
+annotated, profile = profile_dataset(data, processor)
 print(time.perf_counter() - start, profile.totals["text_tokens"])
 """
 
