@@ -1,6 +1,7 @@
 """`hf-dflop profile`: annotate a dataset for a model, print a summary, write the report. `merge`: join its parts."""
 
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -84,6 +85,9 @@ def profile(
 
     `hf-dflop profile HuggingFaceM4/the_cauldron --name ai2d -p HuggingFaceTB/SmolVLM-256M-Instruct -o out`
 
+    `torchrun --nproc-per-node 8 -m hf_dflop.cli profile ./rows -p HuggingFaceTB/SmolVLM-256M-Instruct -o out`
+    counts a part in each process (under `accelerate launch`, too); `hf-dflop merge out/part-* -o out` joins them.
+
     `hf-dflop profile ./my_photos -p Qwen/Qwen2.5-VL-3B-Instruct --on-error skip --json > profile.json`
     """
     _quiet(as_json)
@@ -93,6 +97,11 @@ def profile(
         raise DatasetError(f"--output {output} is a file; name a folder")
     if shard is not None and max_samples is not None:
         raise DatasetError("--shard and --max-samples do not go together; pass one of them")
+    counted = _shard(shard) or _rank()
+    if counted is not None and (streaming or max_samples is not None):
+        raise DatasetError("a dataset is counted in parts as a whole; leave out --streaming and --max-samples")
+    if shard is None and counted is not None and output is not None:
+        output = output / f"part-{counted[0]:05}-of-{counted[1]:05}"
     annotated, found = profile_dataset(
         dataset,
         processor,
@@ -107,7 +116,7 @@ def profile(
         max_samples=max_samples,
         sample=sample.value,
         streaming=streaming,
-        shard=_shard(shard),
+        shard=counted,
     )
     parts = (
         {key: (annotated[key], found[key]) for key in found} if isinstance(found, dict) else {"": (annotated, found)}
@@ -154,6 +163,14 @@ def _shard(text: str | None) -> tuple[int, int] | None:
     if not (part.isdigit() and num_parts.isdigit() and int(part) < int(num_parts)):
         raise DatasetError(f"--shard {text} is not I/N with 0 <= I < N, such as 0/4")
     return int(part), int(num_parts)
+
+
+def _rank() -> tuple[int, int] | None:
+    """This process and the number of all, where torchrun or accelerate launched several."""
+    rank, num_ranks = os.environ.get("RANK", ""), os.environ.get("WORLD_SIZE", "")
+    if not (rank.isdigit() and num_ranks.isdigit() and int(num_ranks) > 1):
+        return None
+    return int(rank), int(num_ranks)
 
 
 def _quiet(as_json: bool) -> None:

@@ -143,6 +143,32 @@ def test_a_fresh_process_reads_the_cache(tmp_path: Path, own_cache: Path) -> Non
     assert float(seconds) < 2.0
 
 
+def test_a_stopped_call_goes_on_behind_the_last_whole_chunk(monkeypatch: pytest.MonkeyPatch, own_cache: Path) -> None:
+    data = make()
+    expected, _ = profile_dataset(data, tiny.llava(), labels="all")
+    monkeypatch.setattr(module, "CHUNK_ROWS", 5)
+    seen: list[int] = []
+    stops_at = [12]
+    original = module.Annotator.__call__
+
+    def counted(self: Any, table: Any, indices: Any) -> Any:
+        if max(indices) >= stops_at[0]:
+            raise KeyboardInterrupt
+        seen.extend(indices)
+        return original(self, table, indices)
+
+    monkeypatch.setattr(module.Annotator, "__call__", counted)
+    with pytest.raises(KeyboardInterrupt):
+        profile_dataset(data, tiny.llava())
+    assert seen == list(range(10))
+    seen.clear()
+    stops_at[0] = 999
+    annotated, _ = profile_dataset(data, tiny.llava())
+    assert seen == list(range(10, 24))
+    assert not list(own_cache.rglob("*.parts"))
+    assert annotated["dflop_text_tokens"][:] == expected["dflop_text_tokens"][:]
+
+
 def test_annotated_rows_are_used_again_and_other_processors_are_noticed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
