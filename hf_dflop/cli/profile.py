@@ -72,6 +72,10 @@ def profile(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder for profile.json, figures and report.html.")
     ] = None,
+    ranks: Annotated[
+        list[int] | None,
+        typer.Option(min=2, help="GPUs for which the report predicts waiting, again for each number. [2, 8, 64]"),
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object to stdout, and nothing else.")
     ] = False,
@@ -122,7 +126,7 @@ def profile(
         {key: (annotated[key], found[key]) for key in found} if isinstance(found, dict) else {"": (annotated, found)}
     )
     if output is not None:
-        _save(parts, output)
+        _save(parts, output, ranks)
     if as_json:
         described = {key: _describe(part) for key, (_, part) in parts.items()}
         print(json.dumps(described.get("", {"splits": described})))
@@ -183,12 +187,12 @@ def _quiet(as_json: bool) -> None:
     transformers.logging.set_verbosity_error()
 
 
-def _save(parts: dict[str, tuple[Any, "DatasetProfile"]], output: Path) -> None:
+def _save(parts: dict[str, tuple[Any, "DatasetProfile"]], output: Path, ranks: list[int] | None = None) -> None:
     """Write everything beside the folder first, so that a failure leaves nothing half-written."""
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as unfinished:
         for key, (data, part) in parts.items():
-            part.save(Path(unfinished) / key, dataset=data)
+            part.save(Path(unfinished) / key, dataset=data, ranks=ranks or None)
         shutil.copytree(unfinished, output, dirs_exist_ok=True)
 
 

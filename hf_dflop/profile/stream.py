@@ -135,9 +135,9 @@ def batches_of(rows: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]
             yield batch
         elif failure is None:
             return
-    told = str(failure).strip().splitlines()
+    told = (str(failure).strip().splitlines() or [""])[0]
     raise StreamError(
-        f"row {num_rows}: the stream broke after {num_rows} rows: {type(failure).__name__}: {told[0] if told else ''}. "
+        f"row {num_rows}: the stream broke after {num_rows} rows: {type(failure).__name__}: {told}. "
         "If the connection was lost, try again, or profile what was read with on_error='skip'"
     ) from failure
 
