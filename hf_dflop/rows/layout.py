@@ -276,6 +276,8 @@ def _parts(content: Any, name: str) -> list[dict[str, Any]]:
 
 
 def _split_markers(text: str) -> list[dict[str, Any]]:
+    if "<image>" not in text:
+        return [{"type": "text", "text": text}] if text else []
     pieces: list[dict[str, Any]] = []
     for position, piece in enumerate(_MARKER.split(text)):
         if position:

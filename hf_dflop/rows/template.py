@@ -79,12 +79,13 @@ def find_template(processor: Any) -> tuple[Any, str] | None:
 
 def _compiled(template: str) -> Callable[..., str] | None:
     try:
+        from jinja2.runtime import new_context
         from transformers.utils.chat_template_utils import _compile_jinja_template
 
         compiled = _compile_jinja_template(template)
-        # `render` would merge the environment's names anew for each row.
+        # `render` would merge and list the environment's names anew for each row.
         names, concat = dict(compiled.globals), compiled.environment.concat
-        draw = compiled.root_render_func
+        draw, blocks, environment = compiled.root_render_func, compiled.blocks, compiled.environment
     except Exception:  # another version, or a template that does not compile, of which the owner will tell
         return None
-    return lambda **variables: concat(draw(compiled.new_context({**names, **variables}, shared=True)))
+    return lambda **variables: concat(draw(new_context(environment, None, blocks, {**names, **variables}, True)))
