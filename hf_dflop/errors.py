@@ -8,6 +8,7 @@
         ├── ProcessorError(ValueError)    the processor cannot count tokens from image sizes
         ├── ModelError(ValueError)        the model has no vision encoder, or its structure is not understood
         ├── BalanceError(ValueError)      costs, caps or bucket counts that no assignment can satisfy
+        ├── PlanError(ValueError)         a plan that contradicts itself, or for which nothing fits
         └── TrainerError(ValueError)      a Trainer setting under which balancing would not be exact
 
 Every message states the value found, the rule that it breaks, and what to change.
@@ -40,6 +41,10 @@ class ModelError(DflopError, ValueError):
 
 class BalanceError(DflopError, ValueError):
     """Costs, caps or bucket counts that no assignment can satisfy."""
+
+
+class PlanError(DflopError, ValueError):
+    """A plan that contradicts itself, or a model and cluster for which no plan fits."""
 
 
 class TrainerError(DflopError, ValueError):
