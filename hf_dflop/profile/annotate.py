@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hf_dflop.errors import DatasetError, DflopError
+from hf_dflop.profile.image_count import ImageCount
 from hf_dflop.profile.tokenise import Tokeniser, count_tokens
-from hf_dflop.profile.tokens import ImageCount, TokenCounter
+from hf_dflop.profile.tokens import TokenCounter
 from hf_dflop.rows import Layout, Rendered, Renderer, Row, image_size, read_row
 from hf_dflop.rows.labels import Span, expand
 from hf_dflop.shapes import COLUMN_PREFIX, SHAPE_COLUMNS

@@ -26,45 +26,27 @@ Tiles that exist only to pad a batch are not counted, since the models drop them
 import functools
 import logging
 import re
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from hf_dflop.errors import DflopError, ProcessorError
+from hf_dflop.profile.image_count import ImageCount
 from hf_dflop.profile.processed import process_blank
 from hf_dflop.profile.tiles import encoder_tiles
 from hf_dflop.rows import image_token
 
-__all__ = ["ImageCount", "TokenCounter"]
+__all__ = ["TokenCounter"]
 
 logger = logging.getLogger(__name__)
 
 _PROBE = (300, 750)
 """Height and width of the image that is really processed: oblong enough to be tiled, small enough to be quick."""
+_MOST_REMEMBERED = 16_384
+"""Sizes whose counts are kept, so that a dataset of as many sizes as pictures does not fill the memory."""
 _STRIP = 3
 """Images so thin that some processors take their rows for channels, or shrink them to nothing, and refuse: these are
 really processed before they are counted."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ImageCount:
-    """What one image becomes."""
-
-    tiles: int
-    """Encoder attention sequences."""
-    patches: int
-    """Patch positions over all tiles, without class tokens."""
-    patches_sq: int
-    """Sum over the tiles of (patches of the tile)²."""
-    image_tokens: int
-    """LLM positions that hold features of this image."""
-    replacement: str
-    """What the processor writes in place of the placeholder."""
-    folded: str
-    """`replacement` with every run of the feature token written once."""
-    runs: tuple[int, ...]
-    """Lengths of those runs, in order."""
 
 
 class TokenCounter:
@@ -116,6 +98,8 @@ class TokenCounter:
             if key not in self._cache:
                 if min(height, width) <= _STRIP:
                     self._process(((height, width),))
+                if len(self._cache) >= _MOST_REMEMBERED:
+                    self._cache.clear()
                 self._cache[key] = self._count(height, width, alone)
             counts.append(self._cache[key])
         return counts
@@ -221,6 +205,8 @@ class TokenCounter:
         if sizes not in self._processed:
             texts, output = process_blank(self.processor, sizes)
             tiles = self.tiles_of(output)
+            if len(self._processed) >= _MOST_REMEMBERED:
+                self._processed.clear()
             self._processed[sizes] = [self._image_count(text, [] if i else tiles) for i, text in enumerate(texts)]
         return self._processed[sizes]
 
@@ -235,9 +221,9 @@ class TokenCounter:
             patches=sum(tiles),
             patches_sq=sum(patches**2 for patches in tiles),
             image_tokens=sum(runs),
-            replacement=replacement,
             folded=folded,
             runs=runs,
+            feature=self.token.feature,
         )
 
     def _call_image_processor(self, height: int, width: int) -> Any:

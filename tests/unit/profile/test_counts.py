@@ -123,6 +123,15 @@ def test_equal_sizes_are_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert counter.count([(200, 300)])[0] is first
 
 
+def test_not_all_sizes_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_dflop.profile.tokens._MOST_REMEMBERED", 8)
+    counter = TokenCounter(tiny.qwen2_vl())
+    counts = [counter.count([(60 + i, 90)])[0] for i in range(30)]
+    assert len(counter._cache) <= 8
+    assert counts[0] == counter.count([(60, 90)])[0]
+    assert len(counts[0].replacement) == counts[0].image_tokens * len("<|image_pad|>")
+
+
 def test_the_patch_size_must_be_known() -> None:
     with pytest.raises(ProcessorError, match=r"pass config=AutoConfig"):
         TokenCounter(tiny.internvl())
