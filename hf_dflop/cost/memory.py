@@ -333,7 +333,7 @@ def stage_memory(
     if spec.llm.tied_embeddings and copies["llm_fixed"] and copies["llm_head"]:
         held["llm_head"] = 0.0
     total = sum(held.values())
-    trained = sum(count for part, count in held.items() if _is_trained(part, states, settings.trainable))
+    trained = sum(count for part, count in held.items() if states[part] == "trained")
     largest = max((held[part] / copies[part] for part in PARTS if copies[part]), default=0.0)
     weight = dtype_bytes(settings.weights)
     parts, measured = _activations(spec, settings, tp, profile)
@@ -352,6 +352,3 @@ def stage_memory(
 _SHARDED = {"optimizer": 1, "gradients": 2, "parameters": 3}
 """ZeRO stage from which each is sharded."""
 
-
-def _is_trained(part: str, states: Mapping[str, PartState], trainable: Trainable) -> bool:
-    return states[part] == "trained" or (part == "vision_fixed" and trainable.vision)
