@@ -196,9 +196,7 @@ def fit_curves(
     )
 
 
-def _pulls(
-    width: int, first: int, knots: Sequence[float], sizes: FloatArray, values: FloatArray
-) -> list[FloatArray]:
+def _pulls(width: int, first: int, knots: Sequence[float], sizes: FloatArray, values: FloatArray) -> list[FloatArray]:
     """A row for each pair of neighbouring slopes: their difference × what it would move at the knot, relatively."""
     rows = []
     for index in range(len(knots) - 1):

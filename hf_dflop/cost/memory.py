@@ -351,4 +351,3 @@ def stage_memory(
 
 _SHARDED = {"optimizer": 1, "gradients": 2, "parameters": 3}
 """ZeRO stage from which each is sharded."""
-

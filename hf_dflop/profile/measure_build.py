@@ -83,7 +83,9 @@ def _signatures(config: Any) -> list[tuple[Any, ...]]:
     """For each layer, its entries in all per-layer fields."""
     depth = getattr(config, _depth_field(config))
     listed = [
-        value for name, value in sorted(vars(config).items()) if isinstance(value, list | tuple) and name not in _LEVELS
+        value
+        for name, value in sorted(vars(config).items())
+        if isinstance(value, list | tuple) and name not in _LEVELS
     ]
     per_layer = [value for value in listed if len(value) == depth]
     signatures = []
@@ -180,4 +182,3 @@ def layer_stack(module: nn.Module, depth: int) -> tuple[nn.Module, str]:
         )
     _, owner, name = max(found, key=lambda entry: entry[0])
     return owner, name
-
