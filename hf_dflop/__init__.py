@@ -3,6 +3,7 @@
     profile_dataset   what each sample of a dataset costs the vision encoder and the LLM, without decoding pixels
     DflopCallback     pass it to `Trainer`, and every rank finishes its step together
     PackedCollator    joins the samples of a microbatch into one row without padding
+    measure_model     what a model's parts take on this machine
     CostModel         shapes → seconds per module
     balance.assign    the partitioner that the callback runs
 
@@ -19,11 +20,13 @@ _EXPORTS = {
     "DatasetProfile": "hf_dflop.profile",
     "DflopCallback": "hf_dflop.integrations",
     "DflopError": "hf_dflop.errors",
+    "ModelProfile": "hf_dflop.cost",
     "ModelSpec": "hf_dflop.cost",
     "PackedCollator": "hf_dflop.data",
     "Shapes": "hf_dflop.shapes",
     "VisionLanguageCollator": "hf_dflop.data",
     "check_packing": "hf_dflop.data",
+    "measure_model": "hf_dflop.profile.measure",
     "profile_dataset": "hf_dflop.profile",
 }
 _MODULES = ("balance", "cost", "errors", "shapes")
@@ -31,11 +34,12 @@ _MODULES = ("balance", "cost", "errors", "shapes")
 __all__ = [*sorted(_EXPORTS), "__version__"]
 
 if TYPE_CHECKING:
-    from hf_dflop.cost import CostModel, ModelSpec
+    from hf_dflop.cost import CostModel, ModelProfile, ModelSpec
     from hf_dflop.data import PackedCollator, VisionLanguageCollator, check_packing
     from hf_dflop.errors import DflopError
     from hf_dflop.integrations import DflopCallback
     from hf_dflop.profile import DatasetProfile, profile_dataset
+    from hf_dflop.profile.measure import measure_model
     from hf_dflop.shapes import Shapes
 
 

@@ -4,6 +4,7 @@ import sys
 
 import typer
 
+from hf_dflop.cli.measure import measure
 from hf_dflop.cli.profile import merge, profile
 from hf_dflop.errors import DflopError
 
@@ -19,6 +20,7 @@ app = typer.Typer(
 )
 app.command()(profile)
 app.command()(merge)
+app.command()(measure)
 
 
 @app.callback()

@@ -1,11 +1,13 @@
 """Turns shapes into seconds per module: the cost that balancing and planning minimise.
 
 In: a `ModelSpec` and FLOP rates, assumed (`CostModel.analytic`) or fitted to measured microbatches
-(`CostModel.fit`). Out: float64 seconds per sample, row or microbatch.
+(`CostModel.fit`), or curves measured part by part (`CostModel.from_profile`). Out: float64 seconds per sample, row or
+microbatch.
 
-Assumptions: a term runs at one rate whatever its size (kernels are slower on small microbatches; the fitted
-overhead takes up part of it), and modules run one after the other. A padded microbatch pays for every row as
-if it were its longest; the encoder never pads across samples.
+Assumptions: costs of samples add up. So a term runs at one rate whatever the size of the microbatch (kernels are
+slower on small ones; the overhead takes up part of it), measured curves are used as a line through their upper three
+quarters in tokens, and in full in the length of each sequence; and modules run one after the other. A padded
+microbatch pays for every row as if it were its longest; the encoder never pads across samples.
 """
 
 import hashlib
@@ -18,8 +20,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from hf_dflop.cost.curves import Curve
 from hf_dflop.cost.fit import RATE_TERMS, FitError, fit_rates
-from hf_dflop.cost.flops import Trainable, llm_terms, train_factors, vision_terms
+from hf_dflop.cost.flops import Trainable, encoder_counts, llm_terms, train_factors, vision_terms
+from hf_dflop.cost.model_profile import ModelProfile
 from hf_dflop.cost.spec import ModelSpec
 from hf_dflop.errors import ModelError
 from hf_dflop.shapes import Shapes
@@ -122,6 +126,10 @@ class CostModel:
     """Seconds of every microbatch whatever its samples (launches, communication)."""
     fit_error: FitError | None = None
     """How far the fit was off on held-out observations; None for an analytic model."""
+    vision_curve: Curve | None = None
+    """Seconds of encoder and connector over positions and their pairs, where measured; then rates are not used."""
+    llm_curve: Curve | None = None
+    """The same of the LLM with its head."""
 
     def __post_init__(self) -> None:
         if not (np.isfinite(self.per_microbatch_s) and self.per_microbatch_s >= 0):
@@ -222,6 +230,27 @@ class CostModel:
             ),
         )
 
+    @classmethod
+    def from_profile(
+        cls, profile: ModelProfile, *, trainable: Trainable | None = None, checkpointing: bool = False
+    ) -> "CostModel":
+        """The cost model of a model that `hf-dflop measure` measured.
+
+        Args:
+            profile (`ModelProfile`): what was measured.
+            trainable (`Trainable`), checkpointing (`bool`):
+                How the run trains. Settings that were not measured are scaled from those that were, by their FLOPs.
+
+        Returns:
+            `CostModel`: with curves, `per_microbatch_s`, and the held-out error of the profile as `fit_error`.
+
+        Raises:
+            ModelError: a module was not measured in any setting.
+        """
+        from hf_dflop.cost.from_profile import cost_model_of
+
+        return cost_model_of(profile, trainable=trainable or Trainable(), checkpointing=checkpointing)
+
     def _terms(self, shapes: Shapes | None, tokens: npt.ArrayLike | None) -> dict[str, FloatArray]:
         return _terms(self.spec, self.trainable, self.checkpointing, self.causal_factor, shapes, tokens)
 
@@ -235,6 +264,9 @@ class CostModel:
 
     def vision_s(self, shapes: Shapes) -> FloatArray:
         """Seconds of encoder and connector for each sample, `(num_samples,)`."""
+        if self.vision_curve is not None:
+            counts = encoder_counts(self.spec, shapes)
+            return self.vision_curve.at(counts[0], counts[1])
         terms = self._terms(shapes, None)
         return (
             terms["vision_linear"] / self.rates.vision_linear + terms["vision_attention"] / self.rates.vision_attention
@@ -247,6 +279,9 @@ class CostModel:
             tokens (`Shapes` or `(num_rows,)` of int): samples, or row lengths with their padding.
         """
         lengths = tokens.llm_tokens if isinstance(tokens, Shapes) else tokens
+        if self.llm_curve is not None:
+            squares = np.asarray(lengths, dtype=np.float64) ** 2
+            return self.llm_curve.at(lengths, squares)
         terms = self._terms(None, lengths)
         return terms["llm_linear"] / self.rates.llm_linear + terms["llm_attention"] / self.rates.llm_attention
 
@@ -291,6 +326,7 @@ class CostModel:
 
     def to_dict(self) -> dict[str, Any]:
         """The model as plain JSON types, with the schema version."""
+        curves = {"vision_curve": self.vision_curve, "llm_curve": self.llm_curve}
         return {
             "schema_version": COST_SCHEMA_VERSION,
             "spec": self.spec.to_dict(),
@@ -300,6 +336,7 @@ class CostModel:
             "causal_factor": self.causal_factor,
             "per_microbatch_s": self.per_microbatch_s,
             "fit_error": asdict(self.fit_error) if self.fit_error else None,
+            **{name: asdict(curve) for name, curve in curves.items() if curve is not None},
         }
 
     @classmethod
@@ -322,6 +359,9 @@ class CostModel:
             fields["trainable"] = Trainable(**fields["trainable"])
             if fields.get("fit_error") is not None:
                 fields["fit_error"] = FitError(**fields["fit_error"])
+            for name in ("vision_curve", "llm_curve"):
+                if fields.get(name) is not None:
+                    fields[name] = Curve(**fields[name])
             return cls(**fields)
         except (KeyError, TypeError) as error:
             raise ModelError(

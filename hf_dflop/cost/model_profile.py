@@ -111,7 +111,7 @@ class ModelProfile:
         if part == "vision_fixed" and self.connector_in_encoder:
             inside = self._inside()
             if inside:
-                fixed += ((-1.0, group_curves(inside, direction)[1]),)
+                fixed += ((-1.0 / self.spec.connector.copies, group_curves(inside, direction)[1]),)
         return fixed
 
     def part_seconds(
@@ -150,7 +150,7 @@ class ModelProfile:
             fixed = fitted[0][1]
             if part == "vision_fixed" and self.connector_in_encoder:
                 inside = self._inside()
-                kept = group_memory(inside)[1].kept_per_token_bytes if inside else 0.0
+                kept = group_memory(inside)[1].kept_per_token_bytes / self.spec.connector.copies if inside else 0.0
                 return replace(fixed, kept_per_token_bytes=max(fixed.kept_per_token_bytes - kept, 0.0))
             return fixed
         shares = [count / sum(kinds) for count in kinds]

@@ -123,7 +123,7 @@ def measure_model(
     in_encoder = False
     with MeasureProgress(num_groups * (grid.max_points + grid.num_held_out), show=progress) as bar:
         for title, group in _groups(
-            config, spec, kinds, degrees, recompute, trainable, dtype, attn_implementation, place
+            config, spec, kinds, degrees, recompute, trainable, dtype, attn_implementation, place, grid
         ):
             bar.begin(title)
             points += _measure_group(group, spec, grid, bar)
@@ -203,12 +203,14 @@ def _groups(
     dtype: str,
     attention: str,
     place: Any,
+    grid: _Grid,
 ) -> Iterator[tuple[str, Any]]:
     """Every group to measure, built when its turn comes, with a title for the progress bar."""
     from hf_dflop.profile.measure_build import build, shortened
     from hf_dflop.profile.measure_group import HELD_OUT_DEPTHS, DecoderGroup, HeadGroup, Setting, VisionGroup
 
     depth = max(HELD_OUT_DEPTHS)
+    each_s = grid.budget_s / grid.max_points
     for degree in degrees:
         for again in recompute:
             states = part_states(trainable, checkpointing=again)
@@ -217,11 +219,13 @@ def _groups(
                 for index, kind in enumerate(kinds[module]):
                     short = shortened(config, module, depth=depth, layer=kind.layer)
                     model = build(short, dtype=dtype, attention=attention, device=place)
-                    setting = Setting(kind=index, tp=degree, state=states[f"{module}_layer"], checkpointing=again)
+                    setting = Setting(
+                        kind=index, tp=degree, state=states[f"{module}_layer"], checkpointing=again, budget_s=each_s
+                    )
                     title = f"{module} layers" + (f" {index + 1}" if len(kinds[module]) > 1 else "") + suffix
                     if module == "vision":
                         first = degree == degrees[0] and again == recompute[0] and index == 0
-                        connector = Setting(state=states["connector"]) if first else None
+                        connector = Setting(state=states["connector"], budget_s=each_s / 4) if first else None
                         yield title, VisionGroup(model, spec, setting, connector)
                     else:
                         yield title, DecoderGroup(model, spec, setting)
@@ -231,7 +235,7 @@ def _groups(
         model = build(short, dtype=dtype, attention=attention, device=place)
         yield (
             "LM head" + (f", tp={degree}" if degree > 1 else ""),
-            HeadGroup(model, spec, Setting(tp=degree, state=state)),
+            HeadGroup(model, spec, Setting(tp=degree, state=state, budget_s=each_s)),
         )
         del model
 

@@ -8,6 +8,7 @@ predict worst. It stops when the last sizes were predicted well before they were
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -78,7 +79,7 @@ def next_size(
     chains += [[i for i, size in enumerate(sizes) if size.length == length] for length in lengths]
     for chain in chains:
         ordered = sorted(chain, key=lambda i: sizes[i].tokens)
-        for low, high in zip(ordered, ordered[1:], strict=False):
+        for low, high in pairwise(ordered):
             a, b = sizes[low], sizes[high]
             if b.tokens < _MIN_RATIO**2 * a.tokens:
                 continue

@@ -119,7 +119,7 @@ def tile_lengths(spec: ModelSpec, config: Any, lengths: Sequence[int], *, variab
 def _image_inputs(
     model: Any, spec: ModelSpec, grid: tuple[int, int], count: int, dtype: torch.dtype, device: torch.device
 ) -> list[dict[str, Any]]:
-    """Candidates for the arguments of `get_image_features`, by its signature: grids, or pixels in the usual layouts."""
+    """Candidates for the arguments of `get_image_features`, by its signature: grids, or usual layouts of pixels."""
     names = _signature(model.get_image_features)
     height, width = grid
     if "image_grid_thw" in names:
