@@ -181,6 +181,8 @@ def forward_terms(spec: ModelSpec, shapes: Shapes, *, causal_factor: float = 0.5
 
 def _recomputed_share(spec: TransformerSpec) -> float:
     """Share of the layers' linear FLOPs that checkpointing repeats: a layer's last matrix is not needed again."""
+    if spec.norm_behind_mlp:
+        return 1.0
     num_dense = spec.num_layers - spec.num_moe_layers
     last = 2.0 * num_dense * spec.hidden * spec.intermediate
     return 1.0 - last / _linear_flops_per_position(spec)
@@ -195,7 +197,7 @@ def train_factors(
     scores, which have no weights and are differentiated in both operands. Where no gradient passes: 0. The lowest
     trained matrices (patch embedding; a connector without a norm in front, above a frozen encoder) need no input
     gradient: 1. Checkpointing repeats the layers that a gradient passes, all but their last dense matrix
-    (layers with a norm behind the MLP, as in Gemma 3, repeat that too: they cost a few per cent more).
+    (layers with a norm behind the MLP, as in Gemma 3, repeat that too).
     Encoder layers above the one that is read get no gradient, nor does an unused pooling head.
 
     Args:
