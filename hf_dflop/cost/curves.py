@@ -6,14 +6,15 @@ with the layers:
     seconds = fixed(tokens) + depth · layer(tokens, pairs)
     curve   = base + f(tokens) + tokens · h(pairs / tokens)
 
-f and h are piecewise linear, rise from 0 and never fall, so a curve never falls when a sequence is added. Pairs are
-the sum over sequences of length²: `pairs / tokens` is the length, and h what attention takes per token.
+f and h are piecewise linear, rise from 0 and never fall. Pairs are the sum over sequences of length²: `pairs / tokens`
+is the (mean) length, and h what attention takes per token. The slopes of h never rise (longer sequences use a kernel
+better, and windows end), so `tokens · h` grows in tokens and in pairs: no curve falls when a sequence is added.
 
 Non-negative least squares on relative errors; neighbouring slopes are pulled together weakly, so that a point that
 was measured badly bends the curve little, and what no point says is filled in evenly.
 
-Assumptions: beyond the largest measured size a curve goes on with its last slope, or the mean one if that is steeper,
-and says so (`is_beyond`).
+Assumptions: beyond the largest measured size f goes on with its last slope, or the mean one if that is steeper, h
+with its last; the curve says so (`is_beyond`).
 """
 
 from collections.abc import Sequence
@@ -107,7 +108,8 @@ class Curve:
 
     def lengths_at(self, length: npt.ArrayLike) -> FloatArray:
         """h: what attention takes per token of a sequence of this length."""
-        return _rise(np.atleast_1d(np.asarray(length, dtype=np.float64)), self.length_knots, self.length_slopes)
+        values = np.atleast_1d(np.asarray(length, dtype=np.float64))
+        return np.asarray(_ramps(values, self.length_knots) @ np.asarray(self.length_slopes))
 
 
 def _rise(values: FloatArray, knots: tuple[float, ...], slopes: tuple[float, ...]) -> FloatArray:
@@ -163,7 +165,8 @@ def fit_curves(
     if layered:
         columns = [ones, _ramps(count, token_knots)]
         if length_knots:
-            columns.append(count[:, None] * _ramps(length, length_knots))
+            ends = np.asarray((*length_knots[:-1], np.inf))  # h is a sum of ramps that end at its knots
+            columns.append(count[:, None] * np.minimum(length[:, None], ends))
         layer = depth[:, None] * np.hstack(columns)
     matrix = np.hstack([fixed, layer]) / value[:, None]
     pulls: list[FloatArray] = []
@@ -174,7 +177,12 @@ def fit_curves(
     if layered:
         weight = value / np.maximum(depth, 1.0)
         pulls += _pulls(matrix.shape[1], at + 1, token_knots, count, weight)
-        pulls += _pulls(matrix.shape[1], at + 1 + len(token_knots), length_knots, length, weight / count)
+        bends = at + 1 + len(token_knots)
+        for index in range(len(length_knots) - 1):  # what a bend of h would move at its knot, relatively
+            nearest = int(np.abs(np.log(length / length_knots[index])).argmin())
+            row = np.zeros(matrix.shape[1])
+            row[bends + index] = length_knots[index] * count[nearest] / weight[nearest]
+            pulls.append(row)
     target = np.concatenate([np.ones(count.size), np.zeros(len(pulls))])
     full = np.vstack([matrix, *(_SMOOTHNESS * pull[None] for pull in pulls)])
     scale = np.linalg.norm(full, axis=0)
@@ -190,7 +198,7 @@ def fit_curves(
             token_knots=token_knots,
             token_slopes=tuple(found[at + 1 : middle]),
             length_knots=length_knots or (1.0,),
-            length_slopes=tuple(found[middle:]) if length_knots else (0.0,),
+            length_slopes=tuple(np.cumsum(found[middle:][::-1])[::-1]) if length_knots else (0.0,),
         ),
         fixed_curve,
     )

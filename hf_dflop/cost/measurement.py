@@ -68,6 +68,8 @@ class Measurement:
     extra_bytes: float
     """Peak of forward and backward beyond `kept_bytes`; gradients of parameters not included."""
     num_repeats: int
+    cpu_share: float = 1.0
+    """Of these seconds, the share in which the measuring process had the CPU: below 1 others disturbed it."""
     held_out: bool = False
     """Never fitted: the error is told on these."""
 
@@ -83,6 +85,16 @@ class Measurement:
     def setting(self) -> tuple[str, int, int, PartState, bool]:
         """What separates curves: group, kind, tp, state, checkpointing."""
         return self.group, self.kind, self.tp, self.state, self.checkpointing
+
+    @property
+    def total_s(self) -> float:
+        """Forward and backward."""
+        return self.forward_s + self.backward_s
+
+    @property
+    def is_disturbed(self) -> bool:
+        """The repeats scatter by more than 6 per cent, or others had the CPU for more than 4 per cent of the time."""
+        return self.forward_spread_s + self.backward_spread_s > 0.06 * self.total_s or self.cpu_share < 0.96
 
     def seconds(self, direction: Direction) -> float:
         return self.forward_s if direction == "forward" else self.backward_s

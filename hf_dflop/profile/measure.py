@@ -36,6 +36,12 @@ __all__ = ["measure_model"]
 MODULES = ("vision", "connector", "llm")
 
 
+_MAX_LOOKS = 3
+"""How often a disturbed size is measured again."""
+_Look = tuple[Size, Sequence[int], bool, list[Measurement]]
+"""A size, its depths, whether it is held out, what was measured."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Grid:
     """How many sizes, how large, how precise."""
@@ -101,8 +107,11 @@ def measure_model(
     from hf_dflop.profile.measure_build import layer_kinds, load_config
 
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if place.type == "cuda" and not torch.cuda.is_available():
-        raise ModelError(f"device is {device!r}, but torch sees no GPU here; use device='cpu'.")
+    if place.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ModelError(f"device is {device!r}, but torch sees no GPU here; use device='cpu'.")
+        if place.index is not None:
+            torch.cuda.set_device(place)  # events are recorded on the streams of the current device
     dtype = dtype or ("bfloat16" if place.type == "cuda" else "float32")
     if not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ModelError(f"dtype is {dtype!r}; use bfloat16, float16, float32 or float64.")
@@ -126,13 +135,15 @@ def measure_model(
             config, spec, kinds, degrees, recompute, trainable, dtype, attn_implementation, place, grid
         ):
             bar.begin(title)
-            points += _measure_group(group, spec, grid, bar)
+            try:
+                points += _measure_group(group, spec, grid, bar)
+            except torch.OutOfMemoryError as error:
+                raise ModelError(
+                    f"{title}: a microbatch does not fit the memory of {place}. Choose a smaller max_tokens than "
+                    f"{grid.max_tokens}, or max_patches than {grid.max_patches}."
+                ) from error
             in_encoder = in_encoder or getattr(group, "in_encoder", False)
-            for part, count in group.num_parameters().items():
-                share = kinds[part.removesuffix("_layer")][group.setting.kind].num_layers if "layer" in part else 0
-                total = counted.setdefault(part, {})
-                key = f"{group.setting.tp} {group.setting.kind}" if share else str(group.setting.tp)
-                total[key] = count
+            _count(group, counted)
             bar.end(grid.max_points + grid.num_held_out)
             del group
             gc.collect()
@@ -152,6 +163,13 @@ def measure_model(
         notes=_notes(spec, degrees, points),
         measurements=tuple(points),
     )
+
+
+def _count(group: Any, counted: dict[str, dict[str, int]]) -> None:
+    """Note the parameters of a group: of layers by degree and kind, of the rest by degree."""
+    for part, count in group.num_parameters().items():
+        degree = str(group.setting.tp)
+        counted.setdefault(part, {})[f"{degree} {group.setting.kind}" if part.endswith("_layer") else degree] = count
 
 
 def _check_degrees(spec: ModelSpec, degrees: Sequence[int]) -> None:
@@ -280,15 +298,33 @@ def _measure_group(group: Any, spec: ModelSpec, grid: _Grid, bar: MeasureProgres
         is_over=lambda: time.monotonic() - began > grid.budget_s,
     )
     bar.told(told)
-    points = [point for size in by_size for point in by_size[size]]
     rng = np.random.default_rng([grid.seed, group.setting.kind, group.setting.tp])
-    for index, size in enumerate(
-        held_out_sizes(min_length=shortest, max_tokens=largest, variable=variable, count=grid.num_held_out, rng=rng)
-    ):
-        depth = HELD_OUT_DEPTHS[index % len(HELD_OUT_DEPTHS)]
-        points += group.at(size, (depth,), held_out=True)[1]
+    held = held_out_sizes(min_length=shortest, max_tokens=largest, variable=variable, count=grid.num_held_out, rng=rng)
+    looks = [(size, DEPTHS, False, points) for size, points in by_size.items()]
+    for index, size in enumerate(held):
+        depths = (HELD_OUT_DEPTHS[index % len(HELD_OUT_DEPTHS)],)
+        looks.append((size, depths, True, group.at(size, depths, held_out=True)[1]))
         bar.step()
-    return points
+    return _look_again(group, looks, grid, bar)
+
+
+def _look_again(group: Any, looks: Sequence[_Look], grid: _Grid, bar: MeasureProgress) -> list[Measurement]:
+    """Measure disturbed sizes again, fitted and held-out alike, and keep the calmer of two looks, which is the faster
+    one: what disturbs only adds time."""
+    began = time.monotonic()
+    kept: list[Measurement] = []
+    disturbed = 0
+    for size, depths, held_out, points in looks:
+        found = points
+        for _ in range(_MAX_LOOKS):
+            if not any(point.is_disturbed for point in found) or time.monotonic() - began > grid.budget_s:
+                break
+            again = group.at(size, depths, held_out=held_out)[1]
+            found = [min(pair, key=lambda point: point.total_s) for pair in zip(found, again, strict=True)]
+        disturbed += any(point.is_disturbed for point in found)
+        kept += found
+    bar.told_disturbed(disturbed)
+    return kept
 
 
 def _error(points: Sequence[Measurement], point: Measurement) -> float:
@@ -324,7 +360,7 @@ def _device_name(place: Any) -> str:
     import torch
 
     if place.type == "cuda":
-        return f"{torch.cuda.get_device_name(place)}, {torch.version.cuda and 'CUDA ' + torch.version.cuda}"
+        return f"{torch.cuda.get_device_name(place)}, CUDA {torch.version.cuda}"
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         found = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
@@ -339,6 +375,10 @@ def _notes(spec: ModelSpec, degrees: Sequence[int], points: Sequence[Measurement
         notes.append("tensor-parallel shards were timed alone, without communication")
     if not any(point.group == "connector" for point in points):
         notes.append("no connector was found by structure: it is priced by its FLOPs")
+    if disturbed := sum(point.is_disturbed for point in points):
+        notes.append(
+            f"{disturbed} of {len(points)} measurements scatter, or others had the CPU: measure on a calm machine"
+        )
     if spec.connector.copies > 1:
         notes.append(
             f"one of {spec.connector.copies} equal connectors was timed and counted {spec.connector.copies} times"

@@ -79,15 +79,20 @@ def _depth_field(config: Any) -> str:
     return name
 
 
+def _is_per_layer(name: str, value: Any, depth: int) -> bool:
+    """Whether a field holds one entry per layer: as long as the stack, and named so (`image_size` is not)."""
+    named = any(word in name for word in ("layer", "block", "pattern"))
+    return named and name not in _LEVELS and isinstance(value, list | tuple) and len(value) == depth
+
+
 def _signatures(config: Any) -> list[tuple[Any, ...]]:
     """For each layer, its entries in all per-layer fields."""
     depth = getattr(config, _depth_field(config))
-    listed = [
+    per_layer = [
         value
         for name, value in sorted(vars(config).items())
-        if isinstance(value, list | tuple) and name not in _LEVELS
+        if name not in _INDEXED and _is_per_layer(name, value, depth)
     ]
-    per_layer = [value for value in listed if len(value) == depth]
     signatures = []
     for layer in range(depth):
         entries = [str(value[layer]) for value in per_layer]
@@ -117,7 +122,7 @@ def _cut(config: Any, depth: int, layer: int) -> None:
             setattr(config, field, [])
         elif field in _INDEXED:
             setattr(config, field, list(range(depth)) if layer in (value or ()) else [])
-        elif isinstance(value, list | tuple) and len(value) == whole:
+        elif _is_per_layer(field, value, whole):
             setattr(config, field, [value[layer]] * depth)
     if get(config, _FIRST_DENSE) is not None:
         setattr(config, _FIRST_DENSE, 0 if layer >= int(get(config, _FIRST_DENSE)) else depth)

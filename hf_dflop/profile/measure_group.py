@@ -77,7 +77,7 @@ def _prepare(module: nn.Module, model: Any, stack: _Stack, setting: Setting) -> 
 
 def _measure(runs: Sequence[Run], device: torch.device, budget_s: float) -> list[tuple[Timing, tuple[float, float]]]:
     timings = time_runs(runs, device, budget_s=budget_s)
-    return [(timing, measure_bytes(run)) for timing, run in zip(timings, runs, strict=True)]
+    return [(timing, measure_bytes(run, device)) for timing, run in zip(timings, runs, strict=True)]
 
 
 def _record(
@@ -109,6 +109,7 @@ def _record(
         kept_bytes=kept * copies,
         extra_bytes=extra,
         num_repeats=timing.num_repeats,
+        cpu_share=timing.cpu_share,
         held_out=held_out,
     )
 

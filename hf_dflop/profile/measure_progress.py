@@ -51,6 +51,11 @@ class MeasureProgress:
         if errors:
             self._progress.update(self._task, told=f"last size predicted within {errors[-1]:.1%}")
 
+    def told_disturbed(self, count: int) -> None:
+        """Sizes that scatter even when measured again."""
+        if count:
+            self._progress.update(self._task, told=f"{count} sizes were disturbed")
+
     def end(self, allowed: int) -> None:
         """The group is done: what it did not need is skipped."""
         self._progress.advance(self._task, allowed - self._done)

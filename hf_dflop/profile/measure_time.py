@@ -1,9 +1,9 @@
 """Seconds and bytes of one computation, forward and backward apart, on a CPU or a GPU.
 
 In: a function that runs a forward and gives the tensors to start the backward from. Out: a `Timing`. Seconds are
-device events on a GPU and the monotonic clock on a CPU. Bytes are those of every storage that the forward and the
-backward allocate, counted as they come and go (`AllocationCounter`), on every device alike; what a kernel uses inside
-itself is not seen. Gradients of parameters exist beforehand and are not counted.
+device events on a GPU and the monotonic clock on a CPU. Bytes are those of the allocator on a GPU; on a CPU those of
+every storage that the forward and the backward allocate, counted as they come and go (`AllocationCounter`): what a
+kernel uses inside itself is not seen there. Gradients of parameters exist beforehand and are not counted.
 """
 
 import time
@@ -32,6 +32,8 @@ class Timing:
     backward_s: float
     backward_spread_s: float
     num_repeats: int
+    cpu_share: float = 1.0
+    """Of the median repeat's seconds, the share in which this process had the CPU (one thread; 1 elsewhere)."""
 
 
 class AllocationCounter(TorchDispatchMode):
@@ -44,33 +46,32 @@ class AllocationCounter(TorchDispatchMode):
         super().__init__()
         self.live_bytes = 0
         self.peak_bytes = 0
-        self._seen: dict[int, int] = {}
-        self._known: set[int] = set()
+        self._sizes: dict[int, int] = {}
+        """Storage -> its bytes; 0 for those that were there before."""
+        self._watched: dict[int, weakref.ref] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for leaf in tree_leaves((args, kwargs)):
-            if isinstance(leaf, torch.Tensor):
-                key = leaf.untyped_storage()._cdata
-                if key not in self._seen:
-                    self._known.add(key)
+        self._meet((args, kwargs), is_new=False)
         outputs = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(outputs):
-            if isinstance(leaf, torch.Tensor):
-                self._count(leaf.untyped_storage())
+        self._meet(outputs, is_new=True)
         return outputs
 
-    def _count(self, storage: Any) -> None:
-        key = storage._cdata
-        if key in self._seen or key in self._known:
-            return
-        size = storage.nbytes()
-        self._seen[key] = size
-        self.live_bytes += size
-        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
-        weakref.finalize(storage, self._forget, key)
+    def _meet(self, values: Any, *, is_new: bool) -> None:
+        for leaf in tree_leaves(values):
+            if not isinstance(leaf, torch.Tensor):
+                continue
+            storage = leaf.untyped_storage()
+            key = storage._cdata
+            if key in self._sizes:
+                continue
+            self._sizes[key] = storage.nbytes() if is_new else 0
+            self._watched[key] = weakref.ref(storage, lambda _, key=key: self._forget(key))  # type: ignore[misc]
+            self.live_bytes += self._sizes[key]
+            self.peak_bytes = max(self.peak_bytes, self.live_bytes)
 
     def _forget(self, key: int) -> None:
-        self.live_bytes -= self._seen.pop(key, 0)
+        self.live_bytes -= self._sizes.pop(key, 0)
+        self._watched.pop(key, None)
 
 
 def _starts(outputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -81,11 +82,13 @@ def _backward(starts: list[torch.Tensor]) -> None:
     torch.autograd.backward(starts, [torch.ones_like(tensor) for tensor in starts])
 
 
-def measure_bytes(run: Run) -> tuple[float, float]:
+def measure_bytes(run: Run, device: torch.device) -> tuple[float, float]:
     """Bytes kept after the forward, and the peak of forward and backward beyond them.
 
     Run the computation once before, so that parameters have their gradients.
     """
+    if device.type == "cuda":
+        return _allocator_bytes(run, device)
     with AllocationCounter() as counter:
         outputs = run()
         kept = counter.live_bytes
@@ -95,6 +98,22 @@ def measure_bytes(run: Run) -> tuple[float, float]:
         peak = counter.peak_bytes
         del outputs, starts
     return float(kept), float(max(peak - kept, 0))
+
+
+def _allocator_bytes(run: Run, device: torch.device) -> tuple[float, float]:
+    """The same from the GPU's allocator, which also sees what kernels ask for."""
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    outputs = run()
+    kept = torch.cuda.memory_allocated(device) - before
+    starts = _starts(outputs)
+    if starts:
+        _backward(starts)
+    torch.cuda.synchronize(device)
+    peak = torch.cuda.max_memory_allocated(device) - before
+    del outputs, starts
+    return float(max(kept, 0)), float(max(peak - kept, 0))
 
 
 class _Clock:
@@ -119,8 +138,13 @@ class _Clock:
         return float(start.elapsed_time(end)) / 1e3 if self.on_gpu else end - start
 
 
-def _once(run: Run, clock: _Clock) -> tuple[float, float]:
+_Once = tuple[float, float, float]
+"""Forward seconds, backward seconds, share of the CPU."""
+
+
+def _once(run: Run, clock: _Clock) -> _Once:
     clock.finish()
+    cpu, wall = time.process_time(), time.perf_counter()
     start = clock.mark()
     outputs = run()
     middle = clock.mark()
@@ -132,7 +156,9 @@ def _once(run: Run, clock: _Clock) -> tuple[float, float]:
         torch.autograd.backward(starts, gradients)
         end = clock.mark()
     clock.finish()
-    return clock.between(start, middle), clock.between(resumed, end) if starts else 0.0
+    alone = not clock.on_gpu and torch.get_num_threads() == 1
+    share = min((time.process_time() - cpu) / max(time.perf_counter() - wall, 1e-9), 1.0) if alone else 1.0
+    return clock.between(start, middle), clock.between(resumed, end) if starts else 0.0, share
 
 
 def time_runs(
@@ -158,9 +184,10 @@ def time_runs(
     """
     clock = _Clock(device)
     began = time.perf_counter()
-    for run in runs:  # warm-up: gradients, kernels, caches
-        _once(run, clock)
-    seconds: list[list[tuple[float, float]]] = [[] for _ in runs]
+    for _ in range(2 if clock.on_gpu else 1):  # warm-up: gradients, kernels, caches
+        for run in runs:
+            _once(run, clock)
+    seconds: list[list[_Once]] = [[] for _ in runs]
     for repeat in range(max_repeats):
         for index, run in enumerate(runs):
             seconds[index].append(_once(run, clock))
@@ -172,19 +199,20 @@ def time_runs(
     return [_summarise(timed) for timed in seconds]
 
 
-def _error(timed: Sequence[tuple[float, float]]) -> float:
+def _error(timed: Sequence[_Once]) -> float:
     """Standard error of the median of forward + backward, relative (1.25 σ / √n, σ from the quartiles)."""
-    total = np.asarray(timed).sum(axis=1)
+    total = np.asarray(timed)[:, :2].sum(axis=1)
     low, middle, high = np.percentile(total, [25, 50, 75])
     return float(1.25 * (high - low) / 1.35 / np.sqrt(total.size) / middle)
 
 
-def _summarise(timed: Sequence[tuple[float, float]]) -> Timing:
-    quartiles = np.percentile(np.asarray(timed), [25, 50, 75], axis=0)
+def _summarise(timed: Sequence[_Once]) -> Timing:
+    low, middle, high = np.percentile(np.asarray(timed), [25, 50, 75], axis=0)
     return Timing(
-        forward_s=float(quartiles[1, 0]),
-        forward_spread_s=float(quartiles[2, 0] - quartiles[0, 0]),
-        backward_s=float(quartiles[1, 1]),
-        backward_spread_s=float(quartiles[2, 1] - quartiles[0, 1]),
+        forward_s=float(middle[0]),
+        forward_spread_s=float(high[0] - low[0]),
+        backward_s=float(middle[1]),
+        backward_spread_s=float(high[1] - low[1]),
         num_repeats=len(timed),
+        cpu_share=float(middle[2]),
     )
