@@ -1,0 +1,1 @@
+"""Measurements, one folder a topic; each prints what it found."""
