@@ -20,9 +20,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hf_dflop.cost.curves import Curve
 from hf_dflop.cost.fit import RATE_TERMS, FitError, fit_rates
 from hf_dflop.cost.flops import Trainable, encoder_counts, llm_terms, train_factors, vision_terms
+from hf_dflop.cost.from_profile import DIRECTIONS, reached_flops_per_s, sample_curves
+from hf_dflop.cost.measurement import Direction
 from hf_dflop.cost.model_profile import ModelProfile
 from hf_dflop.cost.spec import ModelSpec
 from hf_dflop.errors import ModelError
@@ -126,10 +127,8 @@ class CostModel:
     """Seconds of every microbatch whatever its samples (launches, communication)."""
     fit_error: FitError | None = None
     """How far the fit was off on held-out observations; None for an analytic model."""
-    vision_curve: Curve | None = None
-    """Seconds of encoder and connector over positions and their pairs, where measured; then rates are not used."""
-    llm_curve: Curve | None = None
-    """The same of the LLM with its head."""
+    profile: ModelProfile | None = None
+    """What was measured part by part; its curves are then used, and rates are not."""
 
     def __post_init__(self) -> None:
         if not (np.isfinite(self.per_microbatch_s) and self.per_microbatch_s >= 0):
@@ -247,9 +246,33 @@ class CostModel:
         Raises:
             ModelError: a module was not measured in any setting.
         """
-        from hf_dflop.cost.from_profile import cost_model_of
+        train = trainable or Trainable()
+        curves = sample_curves(profile, train, checkpointing)
+        rate = reached_flops_per_s(profile)
+        return cls(
+            spec=profile.spec,
+            rates=Rates(vision_linear=rate, vision_attention=rate, llm_linear=rate, llm_attention=rate),
+            trainable=train,
+            checkpointing=checkpointing,
+            per_microbatch_s=sum(base for base, _ in curves.values()),
+            fit_error=profile.error,
+            profile=profile,
+        )
 
-        return cost_model_of(profile, trainable=trainable or Trainable(), checkpointing=checkpointing)
+    def measured_s(self, module: str, direction: Direction, tokens: npt.ArrayLike, pairs: npt.ArrayLike) -> FloatArray:
+        """Measured seconds of samples, without the overhead; only with a `profile`.
+
+        Args:
+            module (`str`): `vision` (with the connector), `llm` (its layers) or `llm_head`.
+            direction (`str`): `forward`, or `backward` with recomputation.
+            tokens, pairs (`(num_samples,)`): positions, and the sum over the sample's sequences of length².
+
+        Raises:
+            ModelError: the cost model has no profile.
+        """
+        if self.profile is None:
+            raise ModelError("the cost model was not measured part by part; build it with CostModel.from_profile.")
+        return sample_curves(self.profile, self.trainable, self.checkpointing)[module, direction][1].at(tokens, pairs)
 
     def _terms(self, shapes: Shapes | None, tokens: npt.ArrayLike | None) -> dict[str, FloatArray]:
         return _terms(self.spec, self.trainable, self.checkpointing, self.causal_factor, shapes, tokens)
@@ -264,9 +287,9 @@ class CostModel:
 
     def vision_s(self, shapes: Shapes) -> FloatArray:
         """Seconds of encoder and connector for each sample, `(num_samples,)`."""
-        if self.vision_curve is not None:
+        if self.profile is not None:
             counts = encoder_counts(self.spec, shapes)
-            return self.vision_curve.at(counts[0], counts[1])
+            return np.sum([self.measured_s("vision", way, *counts) for way in DIRECTIONS], axis=0)
         terms = self._terms(shapes, None)
         return (
             terms["vision_linear"] / self.rates.vision_linear + terms["vision_attention"] / self.rates.vision_attention
@@ -279,9 +302,10 @@ class CostModel:
             tokens (`Shapes` or `(num_rows,)` of int): samples, or row lengths with their padding.
         """
         lengths = tokens.llm_tokens if isinstance(tokens, Shapes) else tokens
-        if self.llm_curve is not None:
+        if self.profile is not None:
             squares = np.asarray(lengths, dtype=np.float64) ** 2
-            return self.llm_curve.at(lengths, squares)
+            parts = [(module, way) for module in ("llm", "llm_head") for way in DIRECTIONS]
+            return np.sum([self.measured_s(*part, lengths, squares) for part in parts], axis=0)
         terms = self._terms(None, lengths)
         return terms["llm_linear"] / self.rates.llm_linear + terms["llm_attention"] / self.rates.llm_attention
 
@@ -326,7 +350,6 @@ class CostModel:
 
     def to_dict(self) -> dict[str, Any]:
         """The model as plain JSON types, with the schema version."""
-        curves = {"vision_curve": self.vision_curve, "llm_curve": self.llm_curve}
         return {
             "schema_version": COST_SCHEMA_VERSION,
             "spec": self.spec.to_dict(),
@@ -336,7 +359,7 @@ class CostModel:
             "causal_factor": self.causal_factor,
             "per_microbatch_s": self.per_microbatch_s,
             "fit_error": asdict(self.fit_error) if self.fit_error else None,
-            **{name: asdict(curve) for name, curve in curves.items() if curve is not None},
+            **({"profile": self.profile.to_dict()} if self.profile else {}),
         }
 
     @classmethod
@@ -359,9 +382,8 @@ class CostModel:
             fields["trainable"] = Trainable(**fields["trainable"])
             if fields.get("fit_error") is not None:
                 fields["fit_error"] = FitError(**fields["fit_error"])
-            for name in ("vision_curve", "llm_curve"):
-                if fields.get(name) is not None:
-                    fields[name] = Curve(**fields[name])
+            if fields.get("profile") is not None:
+                fields["profile"] = ModelProfile.from_dict(fields["profile"])
             return cls(**fields)
         except (KeyError, TypeError) as error:
             raise ModelError(

@@ -66,6 +66,9 @@ class ModelProfile:
         kinds = {group: tuple(int(count) for count in counts) for group, counts in self.layer_kinds.items()}
         object.__setattr__(self, "layer_kinds", kinds)
 
+    def __hash__(self) -> int:
+        return hash((self.spec, self.device, self.dtype, self.measurements))
+
     def points(
         self, group: str, *, kind: int = 0, tp: int = 1, state: PartState = "trained", checkpointing: bool = False
     ) -> tuple[Measurement, ...]:

@@ -161,3 +161,17 @@ def test_kinds_of_layers_are_weighted(profile: ModelProfile) -> None:
     assert alone is not None
     assert mean is not None
     np.testing.assert_allclose(mean - alone, [0.25 * 2e-6 * 512], rtol=0.05)
+
+
+def test_the_cost_model_follows_how_the_run_trains(profile: ModelProfile) -> None:
+    cost = CostModel.from_profile(profile)
+    again = replace(cost, checkpointing=True)
+    size = ([300.0], [300.0**2])
+    np.testing.assert_allclose(again.measured_s("llm", "forward", *size), cost.measured_s("llm", "forward", *size))
+    more = again.measured_s("llm", "backward", *size) / cost.measured_s("llm", "backward", *size)
+    assert 1.4 < more[0] < 1.55  # one forward more on top of two
+    frozen = replace(cost, trainable=Trainable(vision=False, connector=False))
+    assert frozen.measured_s("vision", "backward", *size).tolist() == [0.0]
+    assert CostModel.analytic(profile.spec).profile is None
+    with pytest.raises(ModelError, match="from_profile"):
+        CostModel.analytic(profile.spec).measured_s("llm", "forward", *size)
