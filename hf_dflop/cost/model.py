@@ -25,6 +25,7 @@ from hf_dflop.cost.flops import Trainable, encoder_counts, llm_terms, train_fact
 from hf_dflop.cost.from_profile import DIRECTIONS, reached_flops_per_s, sample_curves
 from hf_dflop.cost.measurement import Direction
 from hf_dflop.cost.model_profile import ModelProfile
+from hf_dflop.cost.rates import Observation, Rates
 from hf_dflop.cost.spec import ModelSpec
 from hf_dflop.errors import ModelError
 from hf_dflop.shapes import Shapes
@@ -35,48 +36,6 @@ COST_SCHEMA_VERSION = 1
 
 FloatArray = npt.NDArray[np.float64]
 Groups = Iterable[Sequence[int] | npt.NDArray[np.integer]]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Rates:
-    """FLOP/s of each term; what has no term of its own runs at the rate of its module's weights."""
-
-    vision_linear: float
-    """Encoder weights, patch embedding, connector."""
-    vision_attention: float
-    """Encoder attention scores."""
-    llm_linear: float
-    """LLM weights and the LM head."""
-    llm_attention: float
-    """LLM attention scores."""
-
-    def __post_init__(self) -> None:
-        for name in RATE_TERMS:
-            value = getattr(self, name)
-            if not (np.isfinite(value) and value > 0):
-                raise ModelError(f"the rate {name} is {value} FLOP/s; it must be positive and finite.")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Observation:
-    """One measured microbatch.
-
-    Raises:
-        ModelError: the seconds are not positive and finite, or there is no sample.
-    """
-
-    shapes: Shapes
-    """Its samples, `num_samples` of them."""
-    padded: bool
-    """Rows were padded to the longest (True) or packed without padding (False)."""
-    seconds: float
-    """Forward and backward together."""
-
-    def __post_init__(self) -> None:
-        if not (np.isfinite(self.seconds) and self.seconds > 0):
-            raise ModelError(f"an observation took {self.seconds} seconds; it must be positive. Drop it.")
-        if len(self.shapes) == 0:
-            raise ModelError("an observation has no samples; drop it.")
 
 
 def _terms(
@@ -405,5 +364,11 @@ class CostModel:
 
     @classmethod
     def load(cls, path: str | Path) -> "CostModel":
-        """Read a model that `save` wrote; raises what `from_dict` raises."""
-        return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        """Read a model that `save` wrote, or the `ModelProfile` that `hf-dflop measure` wrote (everything trained).
+
+        Raises what `from_dict` raises.
+        """
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        if isinstance(data, dict) and "measurements" in data:
+            return cls.from_profile(ModelProfile.from_dict(data))
+        return cls.from_dict(data)

@@ -175,3 +175,9 @@ def test_the_cost_model_follows_how_the_run_trains(profile: ModelProfile) -> Non
     assert CostModel.analytic(profile.spec).profile is None
     with pytest.raises(ModelError, match="from_profile"):
         CostModel.analytic(profile.spec).measured_s("llm", "forward", *size)
+
+
+def test_a_profile_is_a_cost_model_to_whom_reads_one(profile: ModelProfile, tmp_path: Path) -> None:
+    profile.save(tmp_path / "profile.json")
+    CostModel.from_profile(profile).save(tmp_path / "cost.json")
+    assert CostModel.load(tmp_path / "profile.json") == CostModel.load(tmp_path / "cost.json")
