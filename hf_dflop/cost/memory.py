@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from hf_dflop.cost.activations import PartMemory, activation_memory, dtype_bytes
-from hf_dflop.cost.flops import Trainable
+from hf_dflop.cost.flops import Trainable, encoder_counts
 from hf_dflop.cost.parameters import parameter_counts
 from hf_dflop.cost.parts import MODULE_OF_PART, PARTS, PartState, part_states
 from hf_dflop.cost.spec import ModelSpec
@@ -174,16 +174,7 @@ class MicrobatchCounts:
             groups: for each microbatch, the indices of its samples.
             padded (`bool`): rows are padded to the longest, or packed without padding (attention within samples).
         """
-        extra = spec.class_tokens
-        patches, tiles = shapes.image_patches, shapes.image_tiles
-        columns = np.stack(
-            [
-                patches + extra * tiles,
-                shapes.image_patches_sq + 2 * extra * patches + extra**2 * tiles,
-                shapes.llm_tokens,
-                shapes.llm_tokens**2,
-            ]
-        ).astype(np.float64)
+        columns = np.stack([*encoder_counts(spec, shapes), shapes.llm_tokens, shapes.llm_tokens**2]).astype(np.float64)
         counts = []
         for group in groups:
             picked = columns[:, np.asarray(group, dtype=np.int64)]
@@ -333,7 +324,7 @@ def stage_memory(
     if spec.llm.tied_embeddings and copies["llm_fixed"] and copies["llm_head"]:
         held["llm_head"] = 0.0
     total = sum(held.values())
-    trained = sum(count for part, count in held.items() if _is_trained(part, states, settings.trainable))
+    trained = sum(count for part, count in held.items() if states[part] == "trained")
     largest = max((held[part] / copies[part] for part in PARTS if copies[part]), default=0.0)
     weight = dtype_bytes(settings.weights)
     parts, measured = _activations(spec, settings, tp, profile)
@@ -351,7 +342,3 @@ def stage_memory(
 
 _SHARDED = {"optimizer": 1, "gradients": 2, "parameters": 3}
 """ZeRO stage from which each is sharded."""
-
-
-def _is_trained(part: str, states: Mapping[str, PartState], trainable: Trainable) -> bool:
-    return states[part] == "trained" or (part == "vision_fixed" and trainable.vision)
