@@ -4,7 +4,7 @@ import argparse
 import time
 from importlib import import_module
 
-RUNNABLE = ("balancing", "partition", "annotation", "scale")
+RUNNABLE = ("balancing", "partition", "lengths", "scale")
 
 
 def main() -> None:

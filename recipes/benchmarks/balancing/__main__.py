@@ -86,8 +86,11 @@ def collect(folder: Path) -> Path:
             continue
         kept = json.loads((folder / mix / "settings.json").read_text(encoding="utf-8"))
         settings |= {key: value for key, value in kept.items() if key not in ("output_dir", "cache", "mix")}
-        for path in sorted((folder / mix / "runs").glob("*.json")):
-            run = json.loads(path.read_text(encoding="utf-8"))
+        runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / mix / "runs").glob("*.json"))]
+        arms = {run["arm"] for run in runs}
+        for run in runs:
+            if {other["arm"] for other in runs if other["round"] == run["round"]} != arms:
+                continue  # a round that was interrupted
             slots = run.pop("slots")
             rows.append({"kind": "run", "mix": mix, **_rounded(run)})
             if run["sampler"] in ("stock", "hf_dflop") and run["round"] == 0:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
 import hf_dflop
 from hf_dflop._compat import replace_batch_sampler
@@ -96,6 +96,7 @@ def run(
         model=model, args=training, train_dataset=ingredients.train, data_collator=collator,
         processing_class=ingredients.processor, callbacks=[callback, counting],
     )  # fmt: skip
+    trainer.remove_callback(PrinterCallback)
     trainer.train()
     counts = gather_object([(counting.tokens, counting.computed)])
     ranks = read_trace(folder / "trace")

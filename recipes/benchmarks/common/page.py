@@ -17,7 +17,7 @@ DOCS = Path(__file__).resolve().parents[3] / "docs"
 TOPICS: dict[str, str] = {
     "balancing": "Balancing in training: do ranks finish together, and what is it worth?",
     "partition": "Partition: how near to the best, and how fast?",
-    "annotation": "Annotation: what does it take to know every sample's cost?",
+    "lengths": "Annotation: what does it take to know every sample's cost?",
     "scale": "Scale: from 8 to 4,096 ranks, simulated",
     "pipeline": "Pipeline: against uniform 1F1B, padding to the longest, DDP and FSDP2",
     "prediction": "Prediction: predicted against measured",

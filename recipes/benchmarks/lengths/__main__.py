@@ -100,7 +100,7 @@ def measure(rows_of: dict[str, Any], processor: Any, config: Any, rounds: int) -
                 spent[way] = (time.perf_counter() - begin) / len(dataset) * 1e3
             rows += [
                 {
-                    "kind": "annotation",
+                    "kind": "lengths",
                     "rows": name,
                     "num_rows": len(dataset),
                     "round": round_,
@@ -149,7 +149,7 @@ def photos(count: int, seed: int) -> Any:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m recipes.benchmarks.annotation", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m recipes.benchmarks.lengths", description=__doc__)
     parser.add_argument("--rows", type=int, default=256, help="of the documents (default: %(default)s)")
     parser.add_argument("--photos", type=int, default=48, help="synthetic photos (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
@@ -174,9 +174,9 @@ def main(arguments: list[str] | None = None) -> None:
     )
     if not given.no_save:
         result = make_result(
-            "annotation",
+            "lengths",
             rows,
-            command="python -m recipes.benchmarks.annotation",
+            command="python -m recipes.benchmarks.lengths",
             settings={"rounds": given.rounds, "documents": given.rows, "photos": given.photos},
             notes=NOTES,
         )

@@ -1,8 +1,8 @@
-"""The annotation topic on the page."""
+"""The lengths topic on the page."""
 
 from typing import Any
 
-from recipes.benchmarks.annotation.__main__ import WAYS
+from recipes.benchmarks.lengths.__main__ import WAYS
 from recipes.benchmarks.common.figures import COLORS, Figure
 from recipes.benchmarks.common.results import Result
 from recipes.benchmarks.common.tables import spread, table
@@ -11,11 +11,11 @@ __all__ = ["figures", "section"]
 
 
 def _of(result: Result, rows: str, way: str) -> list[dict[str, Any]]:
-    return [row for row in result.of_kind("annotation") if row["rows"] == rows and row["way"] == way]
+    return [row for row in result.of_kind("lengths") if row["rows"] == rows and row["way"] == way]
 
 
 def _sets(result: Result) -> list[str]:
-    return list(dict.fromkeys(row["rows"] for row in result.of_kind("annotation")))
+    return list(dict.fromkeys(row["rows"] for row in result.of_kind("lengths")))
 
 
 def section(result: Result) -> str:
@@ -55,7 +55,7 @@ def figures(result: Result) -> list[Figure]:
         rows: {way: [row["ms_per_sample"] for row in _of(result, rows, way)] for way in WAYS} for rows in _sets(result)
     }
     alt = "Milliseconds a sample of each way to learn the lengths, for documents and photos"
-    return [Figure(name="annotation", alt=alt, data=data, paint=_paint, size=(8.0, 2.6))]
+    return [Figure(name="lengths", alt=alt, data=data, paint=_paint, size=(8.0, 2.6))]
 
 
 def _paint(canvas: Any, data: dict[str, dict[str, list[float]]]) -> None:
