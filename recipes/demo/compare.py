@@ -162,6 +162,12 @@ def main() -> None:
         if rank == 0:
             print(f"[demo] measuring {settings.num_calibration} microbatches to fit the cost model", flush=True)
         calibrate(ingredients, settings.num_calibration, path, rank)
+    if rank == 0:
+        settings.paced(Shapes.of_dataset(ingredients.train), CostModel.load(path))
+    torch.distributed.barrier()
+    settings = settings.paced()
+    if rank == 0:
+        print(f"[demo] {settings.num_steps} steps a run, at this machine's pace", flush=True)
     train = ingredients.train.select(range(settings.num_samples))
     ingredients.train = train.add_column("length", settings.lengths(train))
     for round_ in range(settings.num_rounds):
