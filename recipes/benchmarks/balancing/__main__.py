@@ -1,6 +1,6 @@
 """Train under every sampler, padded and packed, on three data mixes; two processes, interleaved.
 
-Finished runs are kept in the output folder and not repeated, so that an interrupted benchmark goes on where it stopped.
+Finished runs are kept in the output folder and not repeated: an interrupted benchmark goes on where it stopped.
 """
 
 import argparse
@@ -16,6 +16,7 @@ from typing import Any
 from recipes.benchmarks.balancing.model import ATTENTION, SIZES
 from recipes.benchmarks.balancing.settings import ARMS, MAX_TILES, MIXES, BalancingSettings
 from recipes.benchmarks.common.results import Row, make_result, save
+from recipes.demo.__main__ import GLIBC_TUNABLES
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -65,6 +66,7 @@ def _train(settings: BalancingSettings, arms: list[str] | None) -> None:
     ]  # fmt: skip
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
+        "GLIBC_TUNABLES": GLIBC_TUNABLES,  # two processes must not wait for each other's memory
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
         "TORCH_CPP_LOG_LEVEL": "ERROR",
@@ -86,7 +88,9 @@ def collect(folder: Path) -> Path:
             continue
         kept = json.loads((folder / mix / "settings.json").read_text(encoding="utf-8"))
         settings |= {key: value for key, value in kept.items() if key not in ("output_dir", "cache", "mix")}
-        runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / mix / "runs").glob("*.json"))]
+        runs = [
+            json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / mix / "runs").glob("*.json"))
+        ]
         arms = {run["arm"] for run in runs}
         for run in runs:
             if {other["arm"] for other in runs if other["round"] == run["round"]} != arms:

@@ -18,7 +18,9 @@ from recipes.demo.documents import FEATURES, FOLDER
 __all__ = ["load_mix", "picture_sizes"]
 
 
-def load_mix(mix: str, processor: Any, cache: Path, num_train: int, num_eval: int, seed: int) -> tuple[Dataset, Dataset]:
+def load_mix(
+    mix: str, processor: Any, cache: Path, num_train: int, num_eval: int, seed: int
+) -> tuple[Dataset, Dataset]:
     """Rows for training and held-out rows of a mix."""
     if mix == "documents":
         splits = load_from_disk(str(cache / FOLDER))
@@ -77,7 +79,9 @@ def _rows(mix: str, processor: Any, count: int, seed: int) -> list[dict[str, Any
 def _words(tokenizer: Any) -> list[str]:
     """Words that are one token each after a space."""
     found = [
-        token[1:] for token in tokenizer.get_vocab() if token.startswith("Ġ") and token[1:].isalpha() and len(token) > 3
+        token[1:]
+        for token in tokenizer.get_vocab()
+        if token.startswith("Ġ") and token[1:].isalpha() and len(token) > 3
     ]
     return sorted(found)
 

@@ -1,8 +1,8 @@
 """The model that the balancing topic trains: the demo's architecture, tokenizer and image processor, made narrow.
 
-The demo's own weights are too wide for a benchmark of fourteen arms on two cores, so the widths are an eighth to a third and
-the weights random: seconds depend on shapes alone. Packed rows attend sample by sample, as varlen kernels do on GPUs;
-stock SDPA would compute all pairs of the joined row.
+The demo's own model is too wide for fourteen arms on two cores, so this one has a third of its widths and random
+weights: seconds depend on shapes alone. Packed rows attend sample by sample, as varlen kernels do on GPUs; stock SDPA
+would compute all pairs of the joined row.
 
 In: the demo's cache. Out: model and processor.
 """

@@ -61,7 +61,7 @@ class BalancingSettings:
     batch_size: int = 5
     accumulation: int = 3
     num_steps: int = 2
-    num_rounds: int = 3
+    num_rounds: int = 2
     num_calibration: int = 24
     num_eval_samples: int = 16
     seed: int = 7

@@ -1,7 +1,8 @@
 """Train under each sampler and collator in turn, in one invocation. Launched by the runner on every rank.
 
-Every arm starts from the same weights and sees the same samples of a round once; each round has samples of its own. Arms are interleaved, their order changes from
-round to round, and a finished run leaves a JSON behind that is not computed again after an interruption.
+Every arm starts from the same weights and sees the same samples of a round once; each round has samples of its own.
+Arms are interleaved, their order changes from round to round, and a finished run leaves a JSON behind that is not
+computed again after an interruption.
 """
 
 import argparse

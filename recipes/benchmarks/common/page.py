@@ -68,8 +68,8 @@ def page_text(results: dict[str, Result | None]) -> str:
         packages = ", ".join(f"{name} {number}" for name, number in result.versions.items())
         settings = ", ".join(f"{name} {value}" for name, value in result.settings.items())
         parts.append(
-            f"<details><summary>{result.date}, {result.hardware}. {readme}</summary>\n\n`{result.command}`. {packages}. "
-            f"Settings: {settings}.\n</details>\n"
+            f"<details><summary>{result.date}, {result.hardware}</summary>\n\n`{result.command}`. {packages}. "
+            f"Settings: {settings}.\n</details>\n\n{readme}.\n"
         )
     return "\n".join(parts)
 

@@ -5,8 +5,9 @@ with the same number of microbatches on every rank, in which every sample of the
 
     llm_lpt         longest processing time first on the LLM's cost alone, within each optimizer step
     omnibal         OmniBal (arXiv 2407.20761), iterative sampling and filtering over the whole epoch
-    visual_sorted   NeMo Automodel's documentation of its VLM packing: packs by tokens alone, biggest sample first, then
-                    dealt in the order of their visual tokens, so that ranks run packs of like vision work together
+    visual_sorted   NeMo Automodel's VLM packing as its documentation has it: packs by tokens alone, biggest sample
+                    first, then dealt in the order of their visual tokens, so that ranks run packs of like vision work
+                    together
 
 Assumptions: the published forms of the last two choose a token budget and take as many packs as come out. Here the
 budget is the smallest for which the packs are no more than the stock microbatches (so that the optimizer makes as many
@@ -73,7 +74,9 @@ def llm_lpt(given: SamplerInput) -> Deal:
         totals = np.zeros(len(ranks))
         dealt: Deal = [[] for _ in ranks]
         for at in np.argsort(-loads, kind="stable").tolist():
-            room = [r for r in range(len(ranks)) if len(dealt[r]) < len(given.stock[r][begin : begin + given.num_slots])]
+            room = [
+                r for r in range(len(ranks)) if len(dealt[r]) < len(given.stock[r][begin : begin + given.num_slots])
+            ]
             rank = min(room, key=lambda r: totals[r])
             dealt[rank].append(packs[at])
             totals[rank] += loads[at]
@@ -143,7 +146,9 @@ def visual_sorted(given: SamplerInput) -> Deal:
     return _dealt(packs, given)
 
 
-def _within(order: Sequence[int], weights: npt.NDArray[np.float64], budget: npt.NDArray[np.float64]) -> list[list[int]]:
+def _within(
+    order: Sequence[int], weights: npt.NDArray[np.float64], budget: npt.NDArray[np.float64]
+) -> list[list[int]]:
     """Positions in the given order, a new group whenever the next one would exceed a budget."""
     groups: list[list[int]] = []
     load = np.zeros(len(budget))

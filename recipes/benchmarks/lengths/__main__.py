@@ -18,8 +18,8 @@ from recipes.benchmarks.common.results import Row, make_result, save
 NOTES = [
     "ms-swift 4.6: not measured: it requires transformers < 5.20, trl < 1.0 and an older datasets, so it cannot be "
     "installed beside the transformers that is benchmarked",
-    "LLaMA-Factory 0.9.5: not measured: it requires torchvision, torchaudio and transformers ≤ 5.6, which would replace "
-    "the torch and transformers that are benchmarked",
+    "LLaMA-Factory 0.9.5: not measured: it requires torchvision, torchaudio and transformers ≤ 5.6, which would "
+    "replace the torch and transformers that are benchmarked",
 ]
 WAYS: dict[str, str] = {
     "hf_dflop": "hf_dflop.profile_dataset: lengths, tiles, patches, labels",

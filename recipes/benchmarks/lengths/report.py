@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from recipes.benchmarks.lengths.__main__ import WAYS
 from recipes.benchmarks.common.figures import COLORS, Figure
 from recipes.benchmarks.common.results import Result
 from recipes.benchmarks.common.tables import spread, table
+from recipes.benchmarks.lengths.__main__ import WAYS
 
 __all__ = ["figures", "section"]
 

@@ -33,7 +33,9 @@ def costs_of(mix: str, num_samples: int, ratio: float, seed: int) -> npt.NDArray
     return np.stack([vision, llm / llm.mean()], axis=1)
 
 
-def measure(sizes: Any, ratios: Any, seeds: int, cp_sat_seeds: int = 1, mix: str = "onevision") -> tuple[list[Row], list[str]]:
+def measure(
+    sizes: Any, ratios: Any, seeds: int, cp_sat_seeds: int = 1, mix: str = "onevision"
+) -> tuple[list[Row], list[str]]:
     """Rows of the result, and notes on solvers that did not run."""
     rows: list[Row] = []
     notes = [f"{name}: {why}" for name, why in NOTES.items()]

@@ -65,7 +65,9 @@ def _lost(result: Result) -> list[str]:
         cells = _cells(result, ratio)
         for n, m in _sizes(result):
             ours = cells[_OURS, n, m][0]
-            better = [(value[0], key[0]) for key, value in cells.items() if key[1:] == (n, m) and value[0] < ours - 5e-4]
+            better = [
+                (value[0], key[0]) for key, value in cells.items() if key[1:] == (n, m) and value[0] < ours - 5e-4
+            ]
             if better:
                 value, name = min(better)
                 lost.append(f"work ratio {ratio}, {n} in {m}: {name} {value:.3f} against {ours:.3f}")

@@ -34,12 +34,12 @@ def section(result: Result) -> str:
                 cells = []
                 for packed in (False, True):
                     grid = _grid(result, mix, sync, packed)
-                    cells += [f"{grid[sampler][n]:.2f}" for n in ranks]
+                    cells += [f"{grid[sampler][n]:.2f}" if n in grid[sampler] else "–" for n in ranks]
                 rows.append([shown, *cells])
             for packed in (False, True):
                 grid = _grid(result, mix, sync, packed)
                 for n in ranks:
-                    best = max(grid, key=lambda name: grid[name][n])
+                    best = max((name for name in grid if n in grid[name]), key=lambda name: grid[name][n])
                     if best != "hf_dflop" and grid[best][n] > grid["hf_dflop"][n] + 0.005:
                         how = "packed" if packed else "padded"
                         lost.append(
@@ -52,6 +52,17 @@ def section(result: Result) -> str:
         parts.append("Cells in which another is ahead of ours:\n\n" + "\n".join(f"- {line}" for line in lost))
     else:
         parts.append("Ours is ahead in every cell.")
+    first = result.of_kind("efficiency")[0]["mix"]
+    deals: dict[str, dict[int, float]] = {}
+    for row in result.of_kind("efficiency"):
+        if row["mix"] == first and row["seed"] == 0:
+            deals.setdefault(row["sampler"], {})[row["num_ranks"]] = row["deal_s_per_step"]
+    header = ["seconds to group one step, as run here", *(f"{n} ranks" for n in ranks)]
+    rows = [
+        [shown, *(f"{deals[name][n]:.2g}" if n in deals[name] else "–" for n in ranks)]
+        for name, shown in SAMPLERS.items()
+    ]
+    parts.append(table(header, rows))
     sizes = sorted({row["num_samples"] for row in result.of_kind("scheduling")})
     rows = []
     for packed in (False, True):
@@ -61,9 +72,7 @@ def section(result: Result) -> str:
                 for row in result.of_kind("scheduling")
                 if row["sync"] == sync and row["packed"] == packed
             }
-            rows.append(
-                [f"{'packed' if packed else 'padded'}, {words}", *(f"{times[n] * 1e3:.3g} ms" for n in sizes)]
-            )
+            rows.append([f"{'packed' if packed else 'padded'}, {words}", *(f"{times[n] * 1e3:.3g} ms" for n in sizes)])
     header = ["time to group a step of", *(f"{n} samples" for n in sizes)]
     parts.append(f"{table(header, rows)}\n\nA step is grouped in a thread of its own, ahead of the training loop.")
     return "\n\n".join(parts)
@@ -99,4 +108,6 @@ def _paint(canvas: Any, data: dict[str, dict[str, list[list[float]]]]) -> None:
         axes.set_ylim(0, 1.02)
         axes.grid(alpha=0.25)
     panels[0].set_ylabel("useful ÷ spent seconds")
-    canvas.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=7, fontsize=8, frameon=False)
+    canvas.legend(
+        *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=7, fontsize=8, frameon=False
+    )

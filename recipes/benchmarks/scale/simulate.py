@@ -62,7 +62,7 @@ def draw_epoch(
     """Draw steps of a mix for the model of `MODEL`.
 
     Args:
-        vision_share (`float`): the encoder's seconds ÷ the LLM's over the whole epoch: the encoder's rate is chosen so.
+        vision_share (`float`): encoder seconds ÷ LLM seconds over the whole epoch; sets the encoder's rate.
     """
     count = num_ranks * num_slots * batch_size * num_steps
     samples = draw_mix(mix, count, seed)
@@ -97,7 +97,10 @@ def efficiency(epoch: Epoch, deal: Deal, *, padded: bool) -> dict[str, float]:
     for step in range(steps):
         costs = np.array(
             [
-                [_microbatch(epoch, group, padded) for group in slots[step * epoch.num_slots : (step + 1) * epoch.num_slots]]
+                [
+                    _microbatch(epoch, group, padded)
+                    for group in slots[step * epoch.num_slots : (step + 1) * epoch.num_slots]
+                ]
                 for slots in deal
             ]
         )
@@ -198,4 +201,4 @@ SIMULATED: dict[str, Callable[[Epoch, bool, str], Deal]] = {
     "visual_sorted": _other("visual_sorted"),
     "hf_dflop": _ours,
 }
-"""Samplers by name: `deal(epoch, padded, objective)`; only ours asks whether the collator pads and where ranks meet."""
+"""Samplers by name: `deal(epoch, padded, objective)`; ours alone asks for the last two."""

@@ -1,7 +1,7 @@
 """The regression guard: small versions of the topics, whose *ratios* must stay within stored bounds.
 
-Ratios and not seconds, because seconds are the machine's: quality of a partition ÷ bound, a sampler's simulated efficiency ÷
-another's, the processor's time ÷ ours, ours at 4,096 samples ÷ ours at 1,024. Nothing is downloaded.
+Ratios and not seconds, because seconds are the machine's: a partition ÷ its bound, a sampler's simulated efficiency ÷
+another's, scheduling at 4,096 samples ÷ at 1,024. Nothing is downloaded.
 """
 
 import json
@@ -53,9 +53,7 @@ def _scale() -> dict[str, float]:
 def _samplers() -> dict[str, float]:
     from recipes.benchmarks.scale.simulate import SIMULATED, draw_epoch, efficiency
 
-    epoch = draw_epoch(
-        "chart_doc", 16, num_slots=3, batch_size=5, num_steps=2, seed=3, vision_share=0.7
-    )
+    epoch = draw_epoch("chart_doc", 16, num_slots=3, batch_size=5, num_steps=2, seed=3, vision_share=0.7)
     values = {
         name: efficiency(epoch, deal(epoch, False, "step"), padded=False)["step"] for name, deal in SIMULATED.items()
     }
