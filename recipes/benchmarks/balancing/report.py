@@ -56,16 +56,17 @@ def section(result: Result) -> str:
                         spread([run["num_samples"] / run["seconds"] for run in own], "{:.1f}"),
                         spread(_ratio(own, stock)),
                         spread(_ratio(own, runs["stock+packed"])) if packed else "",
-                        percent([run["idle_fraction"] for run in own]),
+                        percent([run["waiting"] for run in own]),
                         spread([_wall_to_compute(run) for run in own]),
+                        spread([b["wall_s"] / r["wall_s"] for r, b in zip(own, stock, strict=True)]),
                         spread([run["tokens"] / run["seconds"] for run in own], "{:.0f}"),
                         percent([run["padding_share"] for run in own], "{:.0f}"),
                         f"{first:.4f}" if first is not None else "–",
                     ]
                 )
         header = [
-            f"`{mix}`", "samples/s", "÷ stock", "÷ stock packed", "waiting", "wall ÷ mean compute", "tokens/s",
-            "padding", "held-out loss",
+            f"`{mix}`", "samples/s", "÷ stock", "÷ stock packed", "waiting", "seconds ÷ mean compute",
+            "÷ stock by wall clock", "tokens/s", "padding", "held-out loss",
         ]  # fmt: skip
         parts.append(f"**{mix}** ({MIXES[mix]})\n\n{table(header, rows)}\n\n{_verdict(runs)}")
     return "\n\n".join(parts)
@@ -93,7 +94,7 @@ def _targets(result: Result) -> str:
             values = _ratio(ours, runs[arm])
             mark = "✓" if median(values) >= target else "✗"
             cells.append(f"{spread(values)} {mark}" + ("" if arm == "stock" else f" ({arm})"))
-        idle = [run["idle_fraction"] for run in ours]
+        idle = [run["waiting"] for run in ours]
         mark = "✓" if median(idle) <= _TARGETS["waiting"] else "✗"
         rows.append([f"`{mix}`", *cells, f"{percent(idle)} {mark}"])
     header = [
@@ -129,7 +130,7 @@ def figures(result: Result) -> list[Figure]:
         data[mix] = {
             arm: {
                 "ratio": [round(value, 4) for value in _ratio(own, runs["stock"])],
-                "idle": [round(run["idle_fraction"], 4) for run in own],
+                "idle": [round(run["waiting"], 4) for run in own],
             }
             for arm, own in runs.items()
         }

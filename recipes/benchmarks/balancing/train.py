@@ -7,6 +7,7 @@ computed again after an interruption.
 
 import argparse
 import copy
+import itertools
 import json
 import os
 import resource
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 import hf_dflop
 from hf_dflop._compat import replace_batch_sampler
@@ -50,6 +51,44 @@ class DealtSampler:
 
     def set_epoch(self, epoch: int) -> None:
         """There is one epoch."""
+
+
+class CpuClock(TrainerCallback):
+    """Seconds that this process really computed, by its own CPU clock: another process on the core does not count.
+
+    A rank that waits in gloo sleeps, so that waiting does not count either. For each step: fetching and collating,
+    the edges of its microbatches (the last one with the reduction of gradients and clipping), the optimizer.
+    """
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, Any]] = []
+        self._edges: list[float] = []
+        self._previous = time.process_time()
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._previous = time.process_time()
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._edges = [time.process_time()]
+
+    def on_substep_end(self, *args: Any, **kwargs: Any) -> None:
+        self._edges.append(time.process_time())
+
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self._edges.append(time.process_time())
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        end = time.process_time()
+        edges = self._edges
+        self.steps.append(
+            {
+                "data": edges[0] - self._previous,
+                "busy": edges[-1] - edges[0],
+                "optimizer": end - edges[-1],
+                "slots": [after - before for before, after in itertools.pairwise(edges)],
+            }
+        )
+        self._previous = time.process_time()
 
 
 class OtherSamplerCallback(hf_dflop.DflopCallback):
@@ -93,17 +132,18 @@ def run(
         callback = OtherSamplerCallback(arm.sampler, cost, **common)
     else:
         callback = hf_dflop.DflopCallback(balance=arm.sampler == "hf_dflop", cost_model=cost, **common)
+    clock = CpuClock()
     trainer = Trainer(
         model=model, args=training, train_dataset=ingredients.train, data_collator=collator,
-        processing_class=ingredients.processor, callbacks=[callback, counting],
+        processing_class=ingredients.processor, callbacks=[callback, counting, clock],
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     counts = gather_object([(counting.tokens, counting.computed)])
     ranks = read_trace(folder / "trace")
-    seconds = max(steps[-1]["end_s"] for steps in ranks) - min(steps[0]["begin_s"] for steps in ranks)
-    busy = [sum(step["slot_end_s"][-1] - step["begin_s"] for step in steps) for steps in ranks]
-    data = [sum(step["data_s"] for step in steps) for steps in ranks]
+    clocks = gather_object([clock.steps])
+    wall = max(steps[-1]["end_s"] for steps in ranks) - min(steps[0]["begin_s"] for steps in ranks)
+    seconds, waited = _by_cpu_clock(clocks)
     idle = [log for log in trainer.state.log_history if "dflop/idle_fraction" in log]
     tokens = sum(t for t, _ in counts)
     held_out = _held_out_loss(model, ingredients) if round_ == 0 else None
@@ -114,11 +154,13 @@ def run(
         "round": round_,
         "num_samples": len(ingredients.train),
         "seconds": seconds,
-        "busy_s": busy,
-        "data_s": data,
+        "waiting": waited / seconds,
+        "busy_s": [sum(step["busy"] for step in steps) for steps in clocks],
+        "data_s": [sum(step["data"] for step in steps) for steps in clocks],
+        "wall_s": wall,
         "tokens": tokens,
         "padding_share": 0.0 if arm.packed else 1 - tokens / sum(c for _, c in counts),
-        "idle_fraction": sum(log["dflop/idle_fraction"] * log["dflop/step_s"] for log in idle)
+        "waiting_by_wall_clock": sum(log["dflop/idle_fraction"] * log["dflop/step_s"] for log in idle)
         / sum(log["dflop/step_s"] for log in idle),
         "losses": [log["loss"] for log in trainer.state.log_history if "loss" in log],
         "held_out_loss": held_out,
@@ -126,7 +168,7 @@ def run(
         "predicted_idle": _mean(trainer, "dflop/predicted_idle" if arm.sampler == "hf_dflop" else
                                 "dflop/predicted_idle_stock"),
         "scheduling_s": _mean(trainer, "dflop/scheduling_s"),
-        "slots": _slots(ranks),
+        "slots": _slots(ranks, clocks),
     }  # fmt: skip
 
 
@@ -135,14 +177,25 @@ def _mean(trainer: Trainer, key: str) -> float | None:
     return sum(logs) / len(logs) if logs else None
 
 
-def _slots(ranks: list[list[dict[str, Any]]]) -> list[list[float]]:
-    """(predicted, measured) seconds of each microbatch of which both are known."""
-    found = []
-    for step in (step for steps in ranks for step in steps):
-        edges = [step["begin_s"], *step["slot_end_s"]]
-        for predicted, begin, end in zip(step.get("slot_predicted_s", []), edges, edges[1:], strict=False):
-            found.append([round(predicted, 4), round(end - begin, 4)])
-    return found
+def _by_cpu_clock(ranks: list[list[dict[str, Any]]]) -> tuple[float, float]:
+    """Seconds of the run, and seconds that the mean rank waited: ranks meet after fetching and after the backward."""
+    seconds = waited = 0.0
+    for steps in zip(*ranks, strict=True):
+        busy = [step["busy"] for step in steps]
+        rest = max(step["data"] for step in steps) + max(step["optimizer"] for step in steps)
+        seconds += max(busy) + rest
+        waited += max(busy) - sum(busy) / len(busy)
+    return seconds, waited
+
+
+def _slots(ranks: list[list[dict[str, Any]]], clocks: list[list[dict[str, Any]]]) -> list[list[float]]:
+    """(predicted, measured) seconds of each microbatch that has a prediction."""
+    return [
+        [round(predicted, 4), round(measured, 4)]
+        for steps, own in zip(ranks, clocks, strict=True)
+        for step, clock in zip(steps, own, strict=True)
+        for predicted, measured in zip(step.get("slot_predicted_s", []), clock["slots"], strict=False)
+    ]
 
 
 @torch.no_grad()
@@ -201,7 +254,7 @@ def main() -> None:
     ingredients = prepare(settings, training)
     path = output / "cost_model.json"
     if not path.exists():
-        calibrate(ingredients, settings.num_calibration, path, rank)
+        calibrate(ingredients, settings.num_calibration, path, rank, clock=time.process_time)
     cost = CostModel.load(path)
     rows = ingredients.train
     for round_ in range(settings.num_rounds):
@@ -218,7 +271,7 @@ def main() -> None:
                 print(
                     f"[bench] {settings.mix}, round {round_ + 1} of {settings.num_rounds}, {arm.name}: "
                     f"{result['num_samples'] / result['seconds']:.2f} samples/s, waiting "
-                    f"{result['idle_fraction']:.1%}, padding {result['padding_share']:.0%} "
+                    f"{result['waiting']:.1%}, padding {result['padding_share']:.0%} "
                     f"({time.monotonic() - start:.1f} s)",
                     flush=True,
                 )

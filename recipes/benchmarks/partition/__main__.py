@@ -52,7 +52,7 @@ def measure(
                         continue
                     if is_solver and (seed >= cp_sat_seeds or ratio != ratios[0]):
                         continue
-                    begin = time.perf_counter()
+                    begin = time.process_time()
                     try:
                         bucket = solver.solve(costs, num_buckets, seed)
                     except ImportError:
@@ -62,7 +62,7 @@ def measure(
                     except RuntimeError as error:
                         notes.append(f"{solver.name} at {num_samples} samples, {num_buckets} buckets: {error}")
                         continue
-                    seconds = time.perf_counter() - begin
+                    seconds = time.process_time() - begin
                     loads = np.zeros((num_buckets, 2))
                     np.add.at(loads, bucket, costs)
                     rows.append(
