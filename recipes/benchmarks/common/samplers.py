@@ -15,7 +15,8 @@ steps over the same samples), which is the tightest and so the most favourable o
 largest are divided.
 """
 
-from collections.abc import Callable, Sequence
+import heapq
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -71,15 +72,13 @@ def llm_lpt(given: SamplerInput) -> Deal:
             packs[at].append(index)
             loads[at] += given.llm_s[index]
         # The packs themselves go to the rank with the least so far, largest first, as many to each.
-        totals = np.zeros(len(ranks))
         dealt: Deal = [[] for _ in ranks]
+        least = [(0.0, rank) for rank in range(len(ranks))]
         for at in np.argsort(-loads, kind="stable").tolist():
-            room = [
-                r for r in range(len(ranks)) if len(dealt[r]) < len(given.stock[r][begin : begin + given.num_slots])
-            ]
-            rank = min(room, key=lambda r: totals[r])
+            total, rank = heapq.heappop(least)
             dealt[rank].append(packs[at])
-            totals[rank] += loads[at]
+            if len(dealt[rank]) < len(given.stock[rank][begin : begin + given.num_slots]):
+                heapq.heappush(least, (total + float(loads[at]), rank))
         for rank, slots in enumerate(dealt):
             ranks[rank] += slots
     return ranks
@@ -147,17 +146,19 @@ def visual_sorted(given: SamplerInput) -> Deal:
 
 
 def _within(
-    order: Sequence[int], weights: npt.NDArray[np.float64], budget: npt.NDArray[np.float64]
+    order: npt.NDArray[np.int64], weights: npt.NDArray[np.float64], budget: npt.NDArray[np.float64]
 ) -> list[list[int]]:
-    """Positions in the given order, a new group whenever the next one would exceed a budget."""
+    """Positions in the given order, a new group whenever the next one would exceed one of the two budgets."""
     groups: list[list[int]] = []
-    load = np.zeros(len(budget))
-    for position in order:
-        if not groups or (load + weights[:, position] > budget).any():
+    first, second = 0.0, 0.0
+    most_first, most_second = budget.tolist()
+    for position, (one, other) in zip(order.tolist(), weights[:, order].T.tolist(), strict=True):
+        if not groups or first + one > most_first or second + other > most_second:
             groups.append([])
-            load = np.zeros(len(budget))
-        groups[-1].append(int(position))
-        load = load + weights[:, position]
+            first = second = 0.0
+        groups[-1].append(position)
+        first += one
+        second += other
     return groups
 
 
@@ -177,13 +178,20 @@ def _fit(packs_at: Callable[[float], list[Pack]], limit: int) -> list[Pack]:
 
 def _divided(packs: list[Pack], given: SamplerInput) -> list[Pack]:
     """As many packs as microbatches: those with the most tokens that have two samples are halved."""
-    packs = [list(pack) for pack in packs]
-    while len(packs) < given.num_packs:
-        largest = max((pack for pack in packs if len(pack) > 1), key=lambda pack: int(given.tokens[pack].sum()))
-        packs.remove(largest)
-        by_size = sorted(largest, key=lambda index: -int(given.tokens[index]))
-        packs += [by_size[::2], by_size[1::2]]
-    return packs
+    if len(packs) == given.num_packs:
+        return packs
+    done = [pack for pack in packs if len(pack) == 1]
+    largest = [(-int(given.tokens[pack].sum()), pack) for pack in packs if len(pack) > 1]
+    heapq.heapify(largest)
+    while len(done) + len(largest) < given.num_packs:
+        _, pack = heapq.heappop(largest)
+        by_size = sorted(pack, key=lambda index: -int(given.tokens[index]))
+        for half in (by_size[::2], by_size[1::2]):
+            if len(half) > 1:
+                heapq.heappush(largest, (-int(given.tokens[half].sum()), half))
+            else:
+                done.append(half)
+    return [*(pack for _, pack in sorted(largest)), *done]
 
 
 def _dealt(packs: list[Pack], given: SamplerInput) -> Deal:

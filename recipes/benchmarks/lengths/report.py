@@ -10,6 +10,14 @@ from recipes.benchmarks.lengths.__main__ import WAYS
 __all__ = ["figures", "section"]
 
 
+_LABELS = {
+    "hf_dflop": "hf_dflop",
+    "processor": "processor",
+    "trainer_pass": "group_by_length's pass",
+    "text_only": "text alone (not the true lengths)",
+}
+
+
 def _of(result: Result, rows: str, way: str) -> list[dict[str, Any]]:
     return [row for row in result.of_kind("lengths") if row["rows"] == rows and row["way"] == way]
 
@@ -70,5 +78,5 @@ def _paint(canvas: Any, data: dict[str, dict[str, list[float]]]) -> None:
         axes.set_xlim(right=4 * max(middles))
         axes.set_xlabel("ms a sample")
         axes.set_title(rows, fontsize=9)
-        axes.set_yticks(range(len(ways)), [way.replace("_", " ") if way != "hf_dflop" else way for way in ways])
-        axes.invert_yaxis()
+        axes.set_yticks(range(len(ways)), [_LABELS[way] for way in ways])
+    panels[0].invert_yaxis()

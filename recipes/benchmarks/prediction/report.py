@@ -56,14 +56,16 @@ def figures(result: Result) -> list[Figure]:
 
 def _paint(canvas: Any, data: dict[str, dict[str, list[list[float]]]]) -> None:
     panels = canvas.subplots(1, len(data), squeeze=False)[0]
-    colors = [COLORS["other"], COLORS["second"], COLORS["dark"], COLORS["ours"]]
-    names = list(dict.fromkeys(arm for arms in data.values() for arm in arms))
+    colors = {
+        "stock": COLORS["light"], "stock+packed": COLORS["other"], "hf_dflop": COLORS["second"],
+        "hf_dflop+packed": COLORS["ours"],
+    }  # fmt: skip
     for axes, (mix, arms) in zip(panels, data.items(), strict=True):
         most = 0.0
         for arm, points in arms.items():
             predicted, measured = zip(*points, strict=True)
             most = max(most, *predicted, *measured)
-            axes.scatter(predicted, measured, s=12, color=colors[names.index(arm) % 4], label=arm, alpha=0.8)
+            axes.scatter(predicted, measured, s=12, color=colors.get(arm, COLORS["dark"]), label=arm, alpha=0.8)
         axes.plot([0, most], [0, most], color=COLORS["dark"], linewidth=0.8, linestyle=":")
         axes.set_title(mix, fontsize=9)
         axes.set_xlabel("predicted, s")
