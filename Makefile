@@ -8,6 +8,8 @@ VENV ?= .venv
 # Installed first and alone, so that no other requirement chooses a different build of it.
 TORCH ?= torch==2.13.0
 OUT ?= out/demo
+# Processes that the tests are shared out to.
+WORKERS ?= 2
 BIN := $(VENV)/bin
 export HF_HUB_DISABLE_TELEMETRY := 1
 
@@ -34,7 +36,7 @@ demo: setup
 	@$(BIN)/python -m recipes.demo --output-dir $(OUT)
 
 test: setup
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 
 quality: setup
 	@$(BIN)/ruff format --check .

@@ -91,7 +91,7 @@ def collect(folder: Path) -> Path:
         runs = [
             json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / mix / "runs").glob("*.json"))
         ]
-        arms = {run["arm"] for run in runs}
+        arms = {arm.name for arm in ARMS}
         for run in runs:
             if {other["arm"] for other in runs if other["round"] == run["round"]} != arms:
                 continue  # a round that was interrupted
@@ -102,7 +102,7 @@ def collect(folder: Path) -> Path:
     if not rows:
         raise SystemExit(f"no finished run in {folder}")
     settings |= {"model": SIZES, "attention": ATTENTION, "max_tiles": MAX_TILES}
-    command = "python -m recipes.benchmarks.balancing"
+    command = f"python -m recipes.benchmarks.balancing --rounds {settings['num_rounds']}"
     return save(make_result("balancing", rows, command=command, settings=settings))
 
 
