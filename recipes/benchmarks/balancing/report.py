@@ -123,8 +123,8 @@ def _verdict(runs: dict[str, list[dict[str, Any]]]) -> str:
     work = [[sum(run["busy_s"]) for run in rounds] for rounds in zip(*packed, strict=True)]
     noise = max(max(sums) / min(sums) - 1 for sums in work)
     return (
-        f"Ahead of ours, {'; '.join(said)}. Packed arms all do the same work, and their computing seconds differ by up "
-        f"to {noise:.0%}: nearer ratios are not resolved."
+        f"Ahead of ours, {'; '.join(said)}. Packed arms all do the same work, and their computing seconds differ by "
+        f"up to {noise:.0%}: nearer ratios are not resolved."
     )
 
 

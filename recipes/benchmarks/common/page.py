@@ -62,7 +62,7 @@ def page_text(results: dict[str, Result | None]) -> str:
         remarks = BENCHMARKS / topic / "remarks.md"
         if remarks.exists():
             parts.append(remarks.read_text(encoding="utf-8").strip() + "\n")
-        parts += [f"- {note}." for note in result.notes]
+        parts += [f"- {note}." for note in dict.fromkeys(result.notes)]
         if result.notes:
             parts.append("")
         packages = ", ".join(f"{name} {number}" for name, number in result.versions.items())
