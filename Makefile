@@ -2,6 +2,7 @@
 #   make demo     the main job on real data: stock against balanced, ends with a table and report.html
 #   make test     the test suite
 #   make quality  formatting, lint, types, import contracts
+#   make bench    every benchmark (about half an hour), then docs/benchmarks.md; bench-smoke: two minutes, ratios alone
 PYTHON ?= python3
 VENV ?= .venv
 # Installed first and alone, so that no other requirement chooses a different build of it.
@@ -12,9 +13,9 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help setup demo test quality format clean
+.PHONY: help setup demo test quality bench bench-smoke format clean
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -5
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -6
 
 setup: $(VENV)/.ready
 
@@ -42,6 +43,13 @@ quality: setup
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
+
+bench: setup
+	@$(BIN)/python -m pip install --quiet --editable ".[bench]" 2>&1 | grep -v '^WARNING: Location' || true
+	@OMP_NUM_THREADS=1 $(BIN)/python -m recipes.benchmarks run
+
+bench-smoke: setup
+	@OMP_NUM_THREADS=1 $(BIN)/python -m recipes.benchmarks smoke
 
 format: setup
 	@$(BIN)/ruff format .
