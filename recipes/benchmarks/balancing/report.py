@@ -119,8 +119,8 @@ def _verdict(runs: dict[str, list[dict[str, Any]]]) -> str:
             if arm not in _OURS and arm.endswith("+packed") == packed and ratio > 1:
                 ahead.append(f"{arm} ({spread(_ratio(own, ours))} of ours)")
         said.append(f"{words}: {', '.join(ahead) if ahead else 'none'}")
-    packed = [own for arm, own in runs.items() if arm.endswith("+packed")]
-    work = [[sum(run["busy_s"]) for run in rounds] for rounds in zip(*packed, strict=True)]
+    alike = [own for arm, own in runs.items() if arm.endswith("+packed")]
+    work = [[sum(run["busy_s"]) for run in rounds] for rounds in zip(*alike, strict=True)]
     noise = max(max(sums) / min(sums) - 1 for sums in work)
     return (
         f"Ahead of ours, {'; '.join(said)}. Packed arms all do the same work, and their computing seconds differ by "

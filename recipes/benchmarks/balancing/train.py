@@ -97,11 +97,13 @@ class OtherSamplerCallback(hf_dflop.DflopCallback):
     def __init__(self, name: str, cost: CostModel, **kwargs: Any) -> None:
         super().__init__(balance=False, **kwargs)
         self._name = name
+        assert self.shapes is not None  # no stream here
         self._llm_s = cost.llm_s(self.shapes)
 
     def _install(self, trainer: Any, dataloader: Any) -> Any:
         sharding = StockSharding(dataloader.batch_sampler)
         sharding.set_epoch(0)
+        assert self.shapes is not None
         given = SamplerInput(
             stock=sharding.epoch_groups(),
             num_slots=trainer.args.gradient_accumulation_steps,

@@ -43,7 +43,7 @@ def draw(figure: Figure, folder: Path) -> Path:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    settings = {
+    settings: Any = {
         "svg.hashsalt": figure.name,
         "svg.fonttype": "none",
         "font.family": "sans-serif",
