@@ -110,7 +110,7 @@ class ModelProfile:
             fitted.append(group_curves(points, direction))
         if part.endswith("_layer"):
             return tuple((count / sum(kinds), layer) for count, (layer, _) in zip(kinds, fitted, strict=True))
-        fixed = ((1.0, fitted[0][1]),)
+        fixed: tuple[tuple[float, Curve], ...] = ((1.0, fitted[0][1]),)
         if part == "vision_fixed" and self.connector_in_encoder:
             inside = self._inside()
             if inside:

@@ -300,7 +300,7 @@ def _measure_group(group: Any, spec: ModelSpec, grid: _Grid, bar: MeasureProgres
     bar.told(told)
     rng = np.random.default_rng([grid.seed, group.setting.kind, group.setting.tp])
     held = held_out_sizes(min_length=shortest, max_tokens=largest, variable=variable, count=grid.num_held_out, rng=rng)
-    looks = [(size, DEPTHS, False, points) for size, points in by_size.items()]
+    looks: list[_Look] = [(size, DEPTHS, False, points) for size, points in by_size.items()]
     for index, size in enumerate(held):
         depths = (HELD_OUT_DEPTHS[index % len(HELD_OUT_DEPTHS)],)
         looks.append((size, depths, True, group.at(size, depths, held_out=True)[1]))
