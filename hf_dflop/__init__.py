@@ -2,6 +2,7 @@
 
     profile_dataset   what each sample of a dataset costs the vision encoder and the LLM, without decoding pixels
     DflopCallback     pass it to `Trainer`, and every rank finishes its step together
+    BalancedStream    balanced microbatches from a stream, for a DataLoader of your own
     PackedCollator    joins the samples of a microbatch into one row without padding
     measure_model     what a model's parts take on this machine
     CostModel         shapes → seconds per module
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0.dev0"
 
 _EXPORTS = {
+    "BalancedStream": "hf_dflop.data",
     "Cluster": "hf_dflop.plan.cluster",
     "CostModel": "hf_dflop.cost",
     "DatasetProfile": "hf_dflop.profile",
@@ -41,7 +43,7 @@ __all__ = [*sorted(_EXPORTS), "__version__"]
 
 if TYPE_CHECKING:
     from hf_dflop.cost import CostModel, ModelProfile, ModelSpec
-    from hf_dflop.data import PackedCollator, VisionLanguageCollator, check_packing
+    from hf_dflop.data import BalancedStream, PackedCollator, VisionLanguageCollator, check_packing
     from hf_dflop.errors import DflopError
     from hf_dflop.integrations import DflopCallback
     from hf_dflop.plan.cluster import Cluster
