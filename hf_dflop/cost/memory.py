@@ -6,12 +6,12 @@ linear in the tokens and pairs of the microbatches in flight, so that a planner 
 once.
 
 Assumptions: what the allocator loses to fragmentation, CUDA's context (0.5 to 1 GiB) and NCCL's buffers are not
-included; leave a reserve. Layers of one module are alike (a mixture of kinds is their mean). Under ZeRO-3 two layers
-are gathered at a time.
+included; leave a reserve. Layers of one module are alike (a mixture of kinds is their mean, and so are encoder layers
+above the one that is read, which keep nothing). Under ZeRO-3 two layers are gathered at a time.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -277,6 +277,13 @@ def _activations(
                 tp=degree,
             )[part]
         )
+    read = 1.0 - spec.unread_vision_layers / spec.vision.num_layers
+    layer = found["vision_layer"]
+    found["vision_layer"] = replace(
+        layer,
+        kept_per_token_bytes=read * layer.kept_per_token_bytes,
+        kept_per_pair_bytes=read * layer.kept_per_pair_bytes,
+    )
     return found, measured
 
 
