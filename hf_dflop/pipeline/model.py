@@ -23,7 +23,7 @@ from hf_dflop.pipeline.features import FeatureFormat
 from hf_dflop.pipeline.grads import clip_gradients, same_everywhere, squared_norm, sum_gradients
 from hf_dflop.pipeline.handshake import agree_on_format
 from hf_dflop.pipeline.loss import count_label_tokens, sum_losses
-from hf_dflop.pipeline.schedule import check_order, make_runtime
+from hf_dflop.pipeline.schedule import fits_plan, make_runtime
 from hf_dflop.pipeline.setup import checkpoint_layers, freeze, is_reentrant
 from hf_dflop.pipeline.shell import drop
 from hf_dflop.pipeline.split import build_part, check_inputs, check_layers, foreign_names, owner_stage
@@ -205,7 +205,7 @@ class PipelineModel(nn.Module):
     def order_for(self, num_microbatches: int) -> Order:
         """The actions of a step of that many microbatches."""
         if self._given_order is not None:
-            check_order(self._given_order, self.topology.stage_columns, num_microbatches)
+            fits_plan(self._given_order, self.topology.stage_columns, num_microbatches)
             return self._given_order
         if num_microbatches not in self._orders:
             self._orders[num_microbatches] = make_order(
@@ -216,7 +216,7 @@ class PipelineModel(nn.Module):
     def _runtime(self, order: Order, num_microbatches: int) -> Any:
         key = (num_microbatches, id(order))
         if key not in self._runtimes:
-            check_order(order, self.topology.stage_columns, num_microbatches)
+            fits_plan(order, self.topology.stage_columns, num_microbatches)
             split = any(action.kind is Kind.BACKWARD_INPUT for line in order for action in line)
             if split and self._reentrant:
                 raise PlanError(

@@ -14,10 +14,10 @@ from hf_dflop.errors import PlanError
 from hf_dflop.pipeline.stage import RaggedStage
 from hf_dflop.plan.actions import Action, Kind, Order
 
-__all__ = ["check_order", "make_runtime"]
+__all__ = ["fits_plan", "make_runtime"]
 
 
-def check_order(order: Order, stage_columns: Sequence[int], num_microbatches: int) -> None:
+def fits_plan(order: Order, stage_columns: Sequence[int], num_microbatches: int) -> None:
     """Raises `PlanError` if the order is not one of these stages and microbatches."""
     if len(order) != max(stage_columns) + 1:
         raise PlanError(f"the order has {len(order)} pipeline ranks; the plan has {max(stage_columns) + 1}.")
