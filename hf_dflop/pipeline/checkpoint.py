@@ -23,7 +23,7 @@ def gather_state_dict(pipe: "PipelineModel") -> dict[str, torch.Tensor]:
     own = {} if pipe.place.replica else {name: value.detach() for name, value in pipe.state_dict().items()}
     listed: list[Any] = [None] * pipe.plan.num_ranks
     names = [(name, tuple(value.shape), str(value.dtype).removeprefix("torch.")) for name, value in own.items()]
-    dist.all_gather_object(listed, names, group=pipe.group)
+    dist.all_gather_object(listed, names)
     gathered: dict[str, torch.Tensor] = {}
     for source, entries in enumerate(listed):
         for name, shape, dtype in entries:
@@ -31,10 +31,10 @@ def gather_state_dict(pipe: "PipelineModel") -> dict[str, torch.Tensor]:
                 gathered[name] = own[name].cpu()
             elif rank == 0:
                 buffer = torch.empty(shape, dtype=getattr(torch, dtype), device=pipe.wire.device)
-                dist.recv(buffer, src=pipe.wire.global_rank(source), group=pipe.group)
+                dist.recv(buffer, src=source)
                 gathered.setdefault(name, buffer.cpu())
             elif rank == source:
-                dist.send(own[name].contiguous(), dst=pipe.wire.global_rank(0), group=pipe.group)
+                dist.send(own[name].contiguous(), dst=0)
     return gathered
 
 
@@ -47,4 +47,4 @@ def save_stock(pipe: "PipelineModel", folder: str, **kwargs: Any) -> None:
         if pipe.generation_config is not None:
             whole.generation_config = pipe.generation_config
         whole.save_pretrained(folder, state_dict=state, **kwargs)
-    dist.barrier(group=pipe.group)
+    dist.barrier()

@@ -76,12 +76,12 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, norm: to
             parameter.grad.mul_(coefficient.to(parameter.grad.dtype))
 
 
-def same_everywhere(parameters: Sequence[nn.Parameter], group: Any, device: torch.device) -> bool:
+def same_everywhere(parameters: Sequence[nn.Parameter], group: Any) -> bool:
     """Whether the ranks of `group` hold the same values, by a sum and a sum of squares of each parameter."""
     if not parameters or dist.get_world_size(group) == 1:
         return True
     sums = torch.stack([s for p in parameters for s in (p.detach().double().sum(), p.detach().double().square().sum())])
-    extremes = torch.cat([sums, -sums]).to(device)
+    extremes = torch.cat([sums, -sums])
     dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
     most, least = extremes[: sums.numel()], -extremes[sums.numel() :]
     return bool(torch.equal(most, least))

@@ -1,15 +1,18 @@
-"""One message at the first step with an image: in which format the encoder's own code returns features.
+"""What ranks tell each other at their first step, once.
 
-In: the first microbatch with images. Out: the `FeatureFormat`, on every rank. The encoder replica that has the images
-runs them once without gradients, and tells.
+In: the first microbatch with images. Out, on every rank: the `FeatureFormat` in which the encoder's own code returns
+features (the encoder replica that has the images runs them once without gradients, and tells), and whether the stages
+are exact on a small copy of the model (the first LLM stage tries that microbatch, and tells).
 
 Assumption: the format does not change between microbatches.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 
-from hf_dflop.errors import ShapeMismatchError
+from hf_dflop.errors import ModelError, ShapeMismatchError
 from hf_dflop.pipeline.batch import StepBatch
 from hf_dflop.pipeline.bridge import Route
 from hf_dflop.pipeline.features import FeatureFormat, flatten, read_format
@@ -17,7 +20,7 @@ from hf_dflop.pipeline.split import VisionPart
 from hf_dflop.pipeline.stage import RaggedStage, Wire
 from hf_dflop.pipeline.topology import VISION_STAGE, Place, Topology
 
-__all__ = ["agree_on_format"]
+__all__ = ["agree_on_format", "agree_on_stages"]
 
 
 def agree_on_format(
@@ -44,7 +47,7 @@ def agree_on_format(
             told = [_probe(batch, routes[microbatch].encoder_rows[replica], microbatch, wire, vision)]
         except Exception as error:
             told = [{"error": f"{type(error).__name__}: {error}"}]
-    dist.broadcast_object_list(told, src=wire.global_rank(source), group=wire.group)
+    dist.broadcast_object_list(told, src=source)
     if "error" in told[0]:
         raise ShapeMismatchError(f"the encoder failed on microbatch {microbatch} (rank {source}): {told[0]['error']}")
     return FeatureFormat.from_dict(told[0])
@@ -65,3 +68,34 @@ def _probe(batch: StepBatch, rows: int, microbatch: int, wire: Wire, vision: Rag
             f"it gives {len(found)} rows of image features; the shape columns say {rows}. Profile the dataset again"
         )
     return form.to_dict()
+
+
+def agree_on_stages(
+    batch: StepBatch, topology: Topology, place: Place, check: Callable[..., None], form: FeatureFormat | None
+) -> None:
+    """All ranks call it; one tries the stages on a small copy of the model.
+
+    Raises:
+        ModelError: the stages are not exact (on every rank).
+    """
+    cells = [
+        (replica.num_features == 0, replica.num_tokens, m, d)
+        for m, replicas in enumerate(batch.shape.microbatches)
+        for d, replica in enumerate(replicas)
+        if replica.rows
+    ]
+    if not cells:
+        return
+    _, _, microbatch, replica = min(cells)  # the shortest with images
+    source = topology.rank(1, replica)
+    told: list[str] = [""]
+    if place.rank == source:
+        try:
+            inputs = batch.text[microbatch]
+            assert inputs is not None
+            check(inputs, batch.shape.microbatches[microbatch][replica].num_features, form)
+        except ModelError as error:
+            told = [str(error)]
+    dist.broadcast_object_list(told, src=source)
+    if told[0]:
+        raise ModelError(told[0])

@@ -5,7 +5,6 @@ microbatches and replicas add up to the loss that one process with the whole bat
 """
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,14 +17,12 @@ def count_label_tokens(labels: torch.Tensor) -> int:
     return int((labels[:, 1:] != -100).sum())
 
 
-def sum_losses(
-    losses: Iterable[torch.Tensor], label_tokens: int, device: torch.device, group: Any
-) -> tuple[float, int]:
+def sum_losses(losses: Iterable[torch.Tensor], label_tokens: int, device: torch.device) -> tuple[float, int]:
     """Loss and label tokens of the call, on every rank; ranks without a last stage give nothing."""
     total = torch.zeros(2, dtype=torch.float64, device=device)
     for loss in losses:
         total[0] += loss.double()
     total[1] = label_tokens
-    dist.all_reduce(total, group=group)
+    dist.all_reduce(total)
     loss_sum, tokens = total.tolist()
     return loss_sum, int(tokens)

@@ -1,14 +1,15 @@
 """A stock vision-language model, run through the pipeline of a plan.
 
-In: a transformers model, a plan, a process group. Out: a module that holds this rank's share of the parameters under
+In: a transformers model, a plan, the default process group. Out: a module that holds this rank's share of the parameters under
 their stock names, and `step`: forward and backward of a step's microbatches, gradients as one process would have.
 
-Assumptions: all ranks of the group call the same methods in the same order, with the same shapes; the model has the
+Assumptions: all ranks call the same methods in the same order, with the same shapes; the model has the
 same weights on all ranks (checked where ranks hold the same layers).
 """
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,10 +19,12 @@ from torch import nn
 from hf_dflop.errors import ModelError, PlanError
 from hf_dflop.pipeline.batch import StepBatch
 from hf_dflop.pipeline.bridge import Route, route_step
+from hf_dflop.pipeline.check import check_chain
 from hf_dflop.pipeline.checkpoint import gather_state_dict, save_stock
 from hf_dflop.pipeline.features import FeatureFormat
+from hf_dflop.pipeline.groups import new_group
 from hf_dflop.pipeline.grads import clip_gradients, same_everywhere, squared_norm, sum_gradients
-from hf_dflop.pipeline.handshake import agree_on_format
+from hf_dflop.pipeline.handshake import agree_on_format, agree_on_stages
 from hf_dflop.pipeline.loss import count_label_tokens, sum_losses
 from hf_dflop.pipeline.schedule import fits_plan, make_runtime
 from hf_dflop.pipeline.setup import checkpoint_layers, freeze, is_reentrant
@@ -67,18 +70,18 @@ class PipelineModel(nn.Module):
         model: Any,
         *,
         plan: Plan,
-        group: Any = None,
         device: torch.device | str | None = None,
         autocast: torch.dtype | None = None,
         order: Order | None = None,
+        check: bool = True,
     ) -> None:
         super().__init__()
-        size = dist.get_world_size(group)
+        size = dist.get_world_size()
         if size != plan.num_ranks:
             raise PlanError(f"the plan needs {plan.num_ranks} processes; {size} were launched. Launch as many.")
-        self.plan, self.group = plan, group
+        self.plan = plan
         self.topology = Topology(plan=plan)
-        self.place = self.topology.place(dist.get_rank(group))
+        self.place = self.topology.place(dist.get_rank())
         self.structure = read_structure(model)
         check_layers(plan, self.structure)
         freeze(model, self.structure, plan.frozen)
@@ -90,8 +93,6 @@ class PipelineModel(nn.Module):
             dtype=model.get_input_embeddings().weight.dtype,
             device=torch.device("cpu" if device is None else device),
             hidden_size=self.structure.hidden_size,
-            global_rank=lambda rank: rank if group is None else dist.get_global_rank(group, rank),
-            group=group,
             autocast=autocast,
         )
         self._reentrant = is_reentrant(model)
@@ -100,6 +101,8 @@ class PipelineModel(nn.Module):
         self._runtimes: dict[Any, Any] = {}
         self._form: FeatureFormat | None = None
         self._needs_sum = False
+        self._check = check
+        self._checked: set[bool] = set()
         trainable = self._trainable(model)
         parts = {stage: build_part(model, self.structure, plan, stage) for stage in self.place.stages}
         drop(model, *foreign_names(self.structure, plan, self.place.stages))
@@ -107,13 +110,12 @@ class PipelineModel(nn.Module):
             part.to(self.wire.device)
         for name, child in model.named_children():
             self.add_module(name, child)
-        solo = dist.new_group([dist.get_rank()], use_local_synchronization=True)
         self._stages = [
-            RaggedStage(part, stage, self.topology, self.place, trainable, self.wire, solo)
+            RaggedStage(part, stage, self.topology, self.place, trainable, self.wire)
             for stage, part in parts.items()
         ]
-        self._column_group = self._new_group(self.topology.column_ranks(self.place.column))
-        self._tie_group = self._tie()
+        self._column_group = new_group(map(self.topology.column_ranks, range(self.topology.num_columns)))
+        self._tie_group = new_group(self._ties())
         self._check_same_weights()
 
     @classmethod
@@ -122,12 +124,12 @@ class PipelineModel(nn.Module):
 
         Args:
             model (`PreTrainedModel`): a vision-language model with its LM head, on the CPU, not wrapped.
-            plan (`Plan`): a plan for as many ranks as `group` has.
-            group (`ProcessGroup`, *optional*): the ranks; by default all.
+            plan (`Plan`): a plan for as many processes as were launched.
             device (`torch.device`, *optional*): of this rank; by default the CPU.
             autocast (`torch.dtype`, *optional*): compute under autocast in that type; tensors travel in the
                 parameters' type.
             order (`Order`, *optional*): actions of a step; by default those of `plan.schedule`.
+            check (`bool`, defaults to `True`): at the first step, try the stages on a small copy of the model.
 
         Raises:
             PlanError: the plan does not fit the model or the number of processes.
@@ -141,10 +143,10 @@ class PipelineModel(nn.Module):
         id_or_path: str,
         *,
         plan: Plan,
-        group: Any = None,
         device: torch.device | str | None = None,
         autocast: torch.dtype | None = None,
         order: Order | None = None,
+        check: bool = True,
         **kwargs: Any,
     ) -> "PipelineModel":
         """Load a checkpoint and keep this rank's share; `kwargs` go to the model's own `from_pretrained`.
@@ -154,7 +156,7 @@ class PipelineModel(nn.Module):
         from transformers import AutoModelForImageTextToText
 
         model = AutoModelForImageTextToText.from_pretrained(id_or_path, **kwargs)
-        return cls(model, plan=plan, group=group, device=device, autocast=autocast, order=order)
+        return cls(model, plan=plan, device=device, autocast=autocast, order=order, check=check)
 
     # Set-up -----------------------------------------------------------------------------------------------------
 
@@ -164,16 +166,13 @@ class PipelineModel(nn.Module):
             stages[owner_stage(self.structure, self.plan, name)] |= parameter.requires_grad
         return tuple(stages)
 
-    def _new_group(self, ranks: tuple[int, ...]) -> Any:
-        return dist.new_group([self.wire.global_rank(rank) for rank in ranks], use_local_synchronization=True)
-
-    def _tie(self) -> Any:
-        """Group of the first and the last LLM rank of this replica where they hold copies of one weight."""
-        first, last = self.topology.stage_columns[1], self.topology.stage_columns[-1]
-        if not self.structure.tied or first == last or self.place.column not in (first, last):
-            return None
-        ends = (1, self.topology.last_stage)
-        return self._new_group(tuple(self.topology.rank(stage, self.place.replica) for stage in ends))
+    def _ties(self) -> list[tuple[int, ...]]:
+        """The first and the last LLM rank of each replica where they hold copies of one weight."""
+        columns, last = self.topology.stage_columns, self.topology.last_stage
+        if not self.structure.tied or columns[1] == columns[last]:
+            return []
+        replicas = range(self.plan.llm.dp)
+        return [(self.topology.rank(1, replica), self.topology.rank(last, replica)) for replica in replicas]
 
     def _tied_weight(self) -> nn.Parameter:
         holder = self.get_submodule(self.structure.embedding) if 1 in self.place.stages else self._head()
@@ -185,11 +184,11 @@ class PipelineModel(nn.Module):
         return next(m for name in self.structure.head for m in self.get_submodule(name).modules() if hasattr(m, "weight"))
 
     def _check_same_weights(self) -> None:
-        same = same_everywhere(list(self.parameters()), self._column_group, self.wire.device)
+        same = self._column_group is None or same_everywhere(list(self.parameters()), self._column_group)
         if self._tie_group is not None:
-            same &= same_everywhere([self._tied_weight()], self._tie_group, self.wire.device)
+            same &= same_everywhere([self._tied_weight()], self._tie_group)
         agreed = torch.tensor(int(same), device=self.wire.device)
-        dist.all_reduce(agreed, op=dist.ReduceOp.MIN, group=self.group)
+        dist.all_reduce(agreed, op=dist.ReduceOp.MIN)
         if not agreed.item():
             raise ModelError(
                 "ranks that hold the same layers have different weights; build the model with the same seed on every "
@@ -294,7 +293,7 @@ class PipelineModel(nn.Module):
         if last is not None:
             tokens = sum(count_label_tokens(t["labels"]) for t in batch.text if t is not None and "labels" in t)
         loss, counted = sum_losses(
-            last.losses.values() if last else (), tokens, self.wire.device, self.group
+            last.losses.values() if last else (), tokens, self.wire.device
         )
         return StepResult(loss=loss, label_tokens=counted, logits=last.logits if last else {})
 
@@ -305,9 +304,15 @@ class PipelineModel(nn.Module):
                     check_inputs(stage.submod, inputs)
 
     def _agree(self, batch: StepBatch, routes: tuple[Route, ...]) -> None:
-        if self._form is None and any(any(route.encoder_rows) for route in routes):
+        """At the first step, and at the first with images: the format of features, and whether the stages are exact."""
+        has_images = any(any(route.encoder_rows) for route in routes)
+        if self._form is None and has_images:
             vision = next((stage for stage in self._stages if stage.is_vision), None)
             self._form = agree_on_format(batch, routes, self.topology, self.place, self.wire, vision)
+        if self._check and has_images not in self._checked and True not in self._checked:
+            self._checked.add(has_images)
+            check = partial(check_chain, self.model_class, self.config, self.structure, self.plan)
+            agree_on_stages(batch, self.topology, self.place, check, self._form if has_images else None)
 
     def _set_aside(self) -> dict[nn.Parameter, torch.Tensor]:
         """Gradients that were summed already, so that they are not summed twice."""
@@ -318,7 +323,8 @@ class PipelineModel(nn.Module):
 
     def sum_gradients(self) -> None:
         """Sum gradients over replicas and over the copies of tied embeddings; `step` calls it."""
-        sum_gradients(list(self.parameters()), self._column_group)
+        if self._column_group is not None:
+            sum_gradients(list(self.parameters()), self._column_group)
         if self._tie_group is not None:
             sum_gradients([self._tied_weight()], self._tie_group)
         self._needs_sum = False
@@ -334,7 +340,7 @@ class PipelineModel(nn.Module):
     def grad_norm(self) -> torch.Tensor:
         """2-norm of the gradients of the whole model, on every rank."""
         squared = squared_norm(self.counted_parameters(), self.wire.device)
-        dist.all_reduce(squared, group=self.group)
+        dist.all_reduce(squared)
         return squared.sqrt()
 
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:

@@ -46,10 +46,6 @@ class Wire:
     dtype: torch.dtype
     device: torch.device
     hidden_size: int
-    global_rank: Callable[[int], int]
-    """Rank of the plan -> global rank."""
-    group: Any
-    """Process group for point-to-point; `None` is the default group."""
     autocast: torch.dtype | None = None
 
     def context(self) -> AbstractContextManager[Any]:
@@ -95,7 +91,6 @@ class RaggedStage(_PipelineStageBase):
         topology (`Topology`), place (`Place`): the plan's ranks, and this one.
         trainable (`tuple[bool, ...]`): of each stage, whether it has a parameter that requires a gradient.
         wire (`Wire`): how tensors travel.
-        solo (`ProcessGroup`): a group of this rank alone, for the base class, which checks its size.
     """
 
     def __init__(
@@ -106,10 +101,11 @@ class RaggedStage(_PipelineStageBase):
         place: Place,
         trainable: tuple[bool, ...],
         wire: Wire,
-        solo: Any,
     ) -> None:
-        super().__init__(part, stage, topology.num_stages, wire.device, solo)
-        self.group, self.group_rank, self.group_size = wire.group, place.column, topology.num_columns
+        # The base class wants a group of one replica's ranks; ours are addressed by the plan, over the whole world.
+        super().__init__(part, stage, max(topology.num_stages, dist.get_world_size()), wire.device)
+        self.num_stages = topology.num_stages
+        self.group_rank, self.group_size = place.column, topology.num_columns
         self.topology, self.replica, self.trainable, self.wire = topology, place.replica, trainable, wire
         self.is_vision = stage == VISION_STAGE
         self.step: StageStep
@@ -184,12 +180,9 @@ class RaggedStage(_PipelineStageBase):
             return [(piece.llm, _rows(whole, piece.source, piece)) for piece in pieces]
         return [(self.replica, whole)]
 
-    def _rank(self, stage: int, replica: int) -> int:
-        return self.wire.global_rank(self.topology.rank(stage, replica))
-
     def _receive(self, stage: int, views: list[tuple[int, torch.Tensor]]) -> list[dist.P2POp]:
         return [
-            dist.P2POp(dist.irecv, view, self._rank(stage, replica), self.wire.group) for replica, view in views
+            dist.P2POp(dist.irecv, view, self.topology.rank(stage, replica)) for replica, view in views
         ]
 
     def _send(self, stage: int, microbatch: int, views: list[tuple[int, torch.Tensor]]) -> None:
@@ -197,7 +190,7 @@ class RaggedStage(_PipelineStageBase):
         while len(self._pending) >= _MAX_PENDING_SENDS:
             self._wait_oldest()
         works = [
-            (dist.isend(view, self._rank(stage, replica), group=self.wire.group), view) for replica, view in views
+            (dist.isend(view, self.topology.rank(stage, replica)), view) for replica, view in views
         ]
         self._pending.append((microbatch, works))
 
@@ -339,7 +332,7 @@ class RaggedStage(_PipelineStageBase):
             self._weights.pop(bwd_chunk_id)
             torch.autograd.backward(output, grad)
             self._keep_grad(bwd_chunk_id, received)
-        elif received is None or not received.requires_grad:
+        elif not self._can_split(received):
             self._weights[bwd_chunk_id] = lambda: torch.autograd.backward(output, grad)
         else:
             _, groups = stage_backward_input(
@@ -347,6 +340,10 @@ class RaggedStage(_PipelineStageBase):
             )
             self._weights[bwd_chunk_id] = lambda: _weight_backward(self.submod, groups)
             self._keep_grad(bwd_chunk_id, received)
+
+    def _can_split(self, received: torch.Tensor | None) -> bool:
+        """Whether the input's gradient is wanted; without it torch's split would lose weights."""
+        return received is not None and received.requires_grad
 
     def _keep_grad(self, microbatch: int, received: torch.Tensor | None) -> None:
         if received is not None and received.requires_grad:

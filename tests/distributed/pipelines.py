@@ -1,8 +1,11 @@
 """Tiny models of each family run through a pipeline and, whole, in one process. Used by the launched scripts."""
 
+import contextlib
 import copy
+import datetime
 import functools
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -28,7 +31,7 @@ def collator(family: str) -> Any:
 
 
 @functools.cache
-def _master(family: str, dtype: torch.dtype, layers: int, tied: bool) -> Any:
+def _master(family: str, dtype: torch.dtype, layers: int, tied: bool, deepstack: int) -> Any:
     import transformers as tf
 
     config = families.config_of(family, collator(family).processor)
@@ -36,6 +39,8 @@ def _master(family: str, dtype: torch.dtype, layers: int, tied: bool) -> Any:
     text.num_hidden_layers = layers
     if getattr(text, "layer_types", None):
         text.layer_types = [text.layer_types[i % len(text.layer_types)] for i in range(layers)]
+    if deepstack:
+        config.vision_config.deepstack_visual_indexes = list(range(deepstack))
     config.tie_word_embeddings = text.tie_word_embeddings = tied
     torch.manual_seed(0)
     built = tf.AutoModelForImageTextToText.from_config(config, attn_implementation="sdpa").to(dtype)
@@ -47,9 +52,11 @@ def _master(family: str, dtype: torch.dtype, layers: int, tied: bool) -> Any:
     return built.train()
 
 
-def model(family: str, dtype: torch.dtype = torch.float64, *, layers: int = 4, tied: bool = False) -> Any:
+def model(
+    family: str, dtype: torch.dtype = torch.float64, *, layers: int = 4, tied: bool = False, deepstack: int = 0
+) -> Any:
     """A fresh model, the same on every rank."""
-    return copy.deepcopy(_master(family, dtype, layers, tied))
+    return copy.deepcopy(_master(family, dtype, layers, tied, deepstack))
 
 
 def plan(
@@ -60,6 +67,7 @@ def plan(
     schedule: str = "1f1b",
     chunks: int = 1,
     placement: str = "disjoint",
+    checkpointing: bool = False,
     **settings: Any,
 ) -> Plan:
     """A plan of (vision replicas, LLM pipeline ranks, LLM replicas), its layers spread unevenly where possible."""
@@ -69,8 +77,10 @@ def plan(
     if stages > 1 and spread[0] > 1:
         spread[0], spread[1] = spread[0] + 1, spread[1] - 1
     return Plan(
-        vision=ModulePlan(layers=(1,), dp=dp if placement != "disjoint" else vision_dp),
-        llm=ModulePlan(layers=tuple(spread), dp=dp, num_chunks=chunks),
+        vision=ModulePlan(
+            layers=(1,), dp=dp if placement != "disjoint" else vision_dp, checkpointing=checkpointing
+        ),
+        llm=ModulePlan(layers=tuple(spread), dp=dp, num_chunks=chunks, checkpointing=checkpointing),
         num_microbatches=num_microbatches,
         schedule=schedule,
         placement=placement,
@@ -127,12 +137,15 @@ def deal(cells: Cells, dp: int) -> list[Cells]:
     return [cells[i : i + dp] for i in range(0, len(cells), dp)]
 
 
-def batch_of(pipe: PipelineModel, dealt: Sequence[Cells], shape: StepShape, collate: Callable[..., Any]) -> StepBatch:
-    def collate_samples(samples: Sequence[tuple[int, int, int]]) -> dict[str, Any]:
-        return collate([dealt[m][d][i] for m, d, i in samples])
+def batch_of(
+    pipe: PipelineModel, dealt: Sequence[Cells], shape: StepShape, collate: Callable[..., Any], encode: Any = None
+) -> StepBatch:
+    """This rank's inputs; `encode` collates for the encoder where it is not `collate`."""
 
-    # encoder ranks always pad: only the text of a microbatch can be packed
-    return build_batch(shape, pipe.topology, pipe.place.rank, collate_samples)
+    def by(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda samples: function([dealt[m][d][i] for m, d, i in samples])
+
+    return build_batch(shape, pipe.topology, pipe.place.rank, by(collate), by(encode or collate))
 
 
 Gradients = dict[str, torch.Tensor | None]
@@ -147,7 +160,7 @@ def stock_gradients(
         if rows:
             loss = built(**collate(rows), num_items_in_batch=torch.tensor(label_tokens)).loss
             loss.backward()
-            total += float(loss)
+            total += float(loss.detach())
     return total, {
         n: None if p.grad is None else p.grad.clone() for n, p in built.named_parameters(remove_duplicate=False)
     }
@@ -170,14 +183,46 @@ def worst_error(pipe: PipelineModel, expected: Gradients) -> tuple[float, str]:
     return worst, where
 
 
-def over_ranks(value: float, group: Any, op: Any = dist.ReduceOp.MAX) -> float:
+def over_ranks(value: float, op: Any = dist.ReduceOp.MAX) -> float:
     found = torch.tensor(value, dtype=torch.float64)
-    dist.all_reduce(found, op=op, group=group)
+    dist.all_reduce(found, op=op)
     return float(found)
 
 
 def covered(pipe: PipelineModel) -> bool:
     """Whether the ranks together hold every parameter of the model."""
     names: list[Any] = [None] * pipe.plan.num_ranks
-    dist.all_gather_object(names, [n for n, _ in pipe.named_parameters(remove_duplicate=False)], group=pipe.group)
+    dist.all_gather_object(names, [n for n, _ in pipe.named_parameters(remove_duplicate=False)])
     return set(pipe.stock_names) <= {name for rank in names for name in rank}
+
+
+class Worlds:
+    """Worlds of the first n launched processes, one after the other."""
+
+    def __init__(self) -> None:
+        torch.set_num_threads(1)
+        self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        self.store = dist.TCPStore(
+            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, wait_for_workers=False
+        )
+        self.count = 0
+
+    @contextlib.contextmanager
+    def of(self, size: int) -> Iterator[bool]:
+        """A default process group of `size` ranks; gives whether this process is one of them."""
+        self.count += 1
+        inside = self.rank < size
+        if inside:
+            store = dist.PrefixStore(f"world{self.count}", self.store)
+            timeout = datetime.timedelta(seconds=60)
+            dist.init_process_group("gloo", store=store, rank=self.rank, world_size=size, timeout=timeout)
+        yield inside
+        if inside:
+            dist.destroy_process_group()
+
+    def tell(self, value: Any) -> Any:
+        """What rank 0 gives, on every rank."""
+        told = [value]
+        with self.of(self.size):
+            dist.broadcast_object_list(told)
+        return told[0]
