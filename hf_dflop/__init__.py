@@ -3,6 +3,7 @@
     profile_dataset   what each sample of a dataset costs the vision encoder and the LLM, without decoding pixels
     DflopCallback     pass it to `Trainer`, and every rank finishes its step together
     PackedCollator    joins the samples of a microbatch into one row without padding
+    PipelineModel     a stock model whose encoder and LLM run on their own ranks, in stages
     CostModel         shapes → seconds per module
     balance.assign    the partitioner that the callback runs
 
@@ -21,6 +22,7 @@ _EXPORTS = {
     "DflopError": "hf_dflop.errors",
     "ModelSpec": "hf_dflop.cost",
     "PackedCollator": "hf_dflop.data",
+    "PipelineModel": "hf_dflop.pipeline",
     "Shapes": "hf_dflop.shapes",
     "VisionLanguageCollator": "hf_dflop.data",
     "check_packing": "hf_dflop.data",
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from hf_dflop.data import PackedCollator, VisionLanguageCollator, check_packing
     from hf_dflop.errors import DflopError
     from hf_dflop.integrations import DflopCallback
+    from hf_dflop.pipeline import PipelineModel
     from hf_dflop.profile import DatasetProfile, profile_dataset
     from hf_dflop.shapes import Shapes
 

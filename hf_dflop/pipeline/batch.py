@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from hf_dflop.errors import ModelError
 from hf_dflop.pipeline.bridge import route_step
 from hf_dflop.pipeline.shape import StepShape
 from hf_dflop.pipeline.structure import is_pixels
@@ -25,7 +26,7 @@ class StepBatch:
 
     shape: StepShape
     text: tuple[Mapping[str, Any] | None, ...] = ()
-    """Text inputs of this rank's LLM replica (`input_ids`, `attention_mask`, ..., `labels`); empty on encoder ranks."""
+    """Text inputs of this rank's LLM replica (`input_ids`, ..., `labels`); empty on encoder ranks."""
     vision: tuple[Mapping[str, Any] | None, ...] = ()
     """Inputs of `get_image_features` of this rank's encoder replica; empty on LLM ranks."""
 
@@ -46,6 +47,9 @@ def build_batch(
             Samples -> the model's inputs. Pixels in it are dropped; give a collator that does not decode them.
         collate_vision (`Callable`, *optional*):
             Samples -> inputs of the encoder; `collate_text` by default. Labels and ids in it are dropped.
+
+    Raises:
+        ModelError: a microbatch holds videos.
     """
     place = topology.place(rank)
     text: list[Mapping[str, Any] | None] = []
@@ -56,6 +60,7 @@ def build_batch(
             samples = [(m, place.replica, i) for i in range(len(replicas[place.replica].features))]
             inputs = collate_text(samples) if samples else None
             if inputs is not None:
+                _images_only(inputs)
                 drop_labels = topology.last_stage not in place.stages
                 inputs = {
                     key: value
@@ -70,3 +75,9 @@ def build_batch(
                 found = {key: value for key, value in found.items() if key not in ("input_ids", "labels")}
             vision.append(found)
     return StepBatch(shape=shape, text=tuple(text), vision=tuple(vision))
+
+
+def _images_only(inputs: Mapping[str, Any]) -> None:
+    for key, value in inputs.items():
+        if "video" in key and value is not None:
+            raise ModelError(f"the microbatch holds {key}; the pipeline runs images only: drop videos, or use DDP.")

@@ -81,9 +81,7 @@ def _route(features: Sequence[Sequence[int]], num_encoders: int, colocated: bool
         samples[v].append((d, i))
         encoder_rows[v] += rows
         llm_rows[d] += rows
-    return Route(
-        samples=tuple(tuple(s) for s in samples), pieces=tuple(pieces), encoder_rows=tuple(encoder_rows)
-    )
+    return Route(samples=tuple(tuple(s) for s in samples), pieces=tuple(pieces), encoder_rows=tuple(encoder_rows))
 
 
 def _even_cut(rows: Sequence[int], parts: int) -> list[int]:

@@ -111,7 +111,7 @@ def _small_copy(model_class: Any, config: Any, tied: bool) -> tuple[Any, dict[in
     generator = torch.Generator().manual_seed(0)
     for name in structure.head:
         whole.get_submodule(name).to_empty(device="cpu")
-    for name, parameter in whole.named_parameters():
+    for parameter in whole.parameters():
         if parameter.ndim > 1 and not parameter.is_meta:
             with torch.no_grad():
                 noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
@@ -160,9 +160,7 @@ def _double(value: Any) -> Any:
     return value
 
 
-def _features(
-    model: Any, form: FeatureFormat | None, rows: int
-) -> tuple[FeatureFormat | None, torch.Tensor | None]:
+def _features(model: Any, form: FeatureFormat | None, rows: int) -> tuple[FeatureFormat | None, torch.Tensor | None]:
     if form is None:
         return None, None
     width = int(model.config.get_text_config().hidden_size)

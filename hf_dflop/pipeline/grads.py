@@ -60,7 +60,9 @@ def squared_norm(parameters: Iterable[nn.Parameter], device: torch.device) -> to
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not grads:
         return torch.zeros((), dtype=torch.float64, device=device)
-    norms = torch.stack([torch.linalg.vector_norm(grad.float() if _is_half(grad) else grad).double() for grad in grads])
+    norms = torch.stack(
+        [torch.linalg.vector_norm(grad.float() if _is_half(grad) else grad).double() for grad in grads]
+    )
     return norms.square().sum()
 
 
@@ -80,7 +82,9 @@ def same_everywhere(parameters: Sequence[nn.Parameter], group: Any) -> bool:
     """Whether the ranks of `group` hold the same values, by a sum and a sum of squares of each parameter."""
     if not parameters or dist.get_world_size(group) == 1:
         return True
-    sums = torch.stack([s for p in parameters for s in (p.detach().double().sum(), p.detach().double().square().sum())])
+    sums = torch.stack(
+        [s for p in parameters for s in (p.detach().double().sum(), p.detach().double().square().sum())]
+    )
     extremes = torch.cat([sums, -sums])
     dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
     most, least = extremes[: sums.numel()], -extremes[sums.numel() :]

@@ -1,7 +1,8 @@
 """A stock vision-language model, run through the pipeline of a plan.
 
-In: a transformers model, a plan, the default process group. Out: a module that holds this rank's share of the parameters under
-their stock names, and `step`: forward and backward of a step's microbatches, gradients as one process would have.
+In: a transformers model, a plan, the default process group. Out: a module that holds this rank's share of the
+parameters under their stock names, and `step`: forward and backward of a step's microbatches, gradients as one process
+would have.
 
 Assumptions: all ranks call the same methods in the same order, with the same shapes; the model has the
 same weights on all ranks (checked where ranks hold the same layers).
@@ -22,14 +23,14 @@ from hf_dflop.pipeline.bridge import Route, route_step
 from hf_dflop.pipeline.check import check_chain
 from hf_dflop.pipeline.checkpoint import gather_state_dict, save_stock
 from hf_dflop.pipeline.features import FeatureFormat
-from hf_dflop.pipeline.groups import new_group
 from hf_dflop.pipeline.grads import clip_gradients, same_everywhere, squared_norm, sum_gradients
+from hf_dflop.pipeline.groups import new_group
 from hf_dflop.pipeline.handshake import agree_on_format, agree_on_stages
 from hf_dflop.pipeline.loss import count_label_tokens, sum_losses
 from hf_dflop.pipeline.schedule import fits_plan, make_runtime
 from hf_dflop.pipeline.setup import checkpoint_layers, freeze, is_reentrant
 from hf_dflop.pipeline.shell import drop
-from hf_dflop.pipeline.split import build_part, check_inputs, check_layers, foreign_names, owner_stage
+from hf_dflop.pipeline.split import build_part, check_layers, foreign_names, owner_stage
 from hf_dflop.pipeline.stage import RaggedStage, StageStep, Wire
 from hf_dflop.pipeline.structure import read_structure
 from hf_dflop.pipeline.topology import VISION_STAGE, Topology
@@ -101,6 +102,7 @@ class PipelineModel(nn.Module):
         self._runtimes: dict[Any, Any] = {}
         self._form: FeatureFormat | None = None
         self._needs_sum = False
+        self._earlier: dict[nn.Parameter, torch.Tensor] = {}
         self._check = check
         self._checked: set[bool] = set()
         trainable = self._trainable(model)
@@ -111,8 +113,7 @@ class PipelineModel(nn.Module):
         for name, child in model.named_children():
             self.add_module(name, child)
         self._stages = [
-            RaggedStage(part, stage, self.topology, self.place, trainable, self.wire)
-            for stage, part in parts.items()
+            RaggedStage(part, stage, self.topology, self.place, trainable, self.wire) for stage, part in parts.items()
         ]
         self._column_group = new_group(map(self.topology.column_ranks, range(self.topology.num_columns)))
         self._tie_group = new_group(self._ties())
@@ -181,7 +182,9 @@ class PipelineModel(nn.Module):
         return weight
 
     def _head(self) -> nn.Module:
-        return next(m for name in self.structure.head for m in self.get_submodule(name).modules() if hasattr(m, "weight"))
+        return next(
+            m for name in self.structure.head for m in self.get_submodule(name).modules() if hasattr(m, "weight")
+        )
 
     def _check_same_weights(self) -> None:
         same = self._column_group is None or same_everywhere(list(self.parameters()), self._column_group)
@@ -274,8 +277,8 @@ class PipelineModel(nn.Module):
                     keep_logits=keep_logits,
                 )
             )
-            self._check_inputs(stage, given)
-        earlier = self._set_aside() if backward and not self._needs_sum else {}
+        if backward and not self._needs_sum:
+            self._set_aside()
         for stage, step in zip(self._stages, steps, strict=True):
             stage.begin(step)
         runtime._has_backward = backward
@@ -286,25 +289,15 @@ class PipelineModel(nn.Module):
             self._needs_sum = True
             if sync:
                 self.sum_gradients()
-            for parameter, grad in earlier.items():
-                parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
         last = next((s for stage, s in zip(self._stages, steps, strict=True) if stage.is_last), None)
         tokens = 0
         if last is not None:
             tokens = sum(count_label_tokens(t["labels"]) for t in batch.text if t is not None and "labels" in t)
-        loss, counted = sum_losses(
-            last.losses.values() if last else (), tokens, self.wire.device
-        )
+        loss, counted = sum_losses(last.losses.values() if last else (), tokens, self.wire.device)
         return StepResult(loss=loss, label_tokens=counted, logits=last.logits if last else {})
 
-    def _check_inputs(self, stage: RaggedStage, given: Any) -> None:
-        if not stage.is_vision:
-            for inputs in given:
-                if inputs is not None:
-                    check_inputs(stage.submod, inputs)
-
     def _agree(self, batch: StepBatch, routes: tuple[Route, ...]) -> None:
-        """At the first step, and at the first with images: the format of features, and whether the stages are exact."""
+        """At the first step, and at the first with images: the format of features; are the stages exact."""
         has_images = any(any(route.encoder_rows) for route in routes)
         if self._form is None and has_images:
             vision = next((stage for stage in self._stages if stage.is_vision), None)
@@ -314,12 +307,11 @@ class PipelineModel(nn.Module):
             check = partial(check_chain, self.model_class, self.config, self.structure, self.plan)
             agree_on_stages(batch, self.topology, self.place, check, self._form if has_images else None)
 
-    def _set_aside(self) -> dict[nn.Parameter, torch.Tensor]:
-        """Gradients that were summed already, so that they are not summed twice."""
-        earlier = {p: p.grad for p in self.parameters() if p.grad is not None}
-        for parameter in earlier:
+    def _set_aside(self) -> None:
+        """Keep gradients that were summed already apart, so that they are not summed twice."""
+        self._earlier = {p: p.grad for p in self.parameters() if p.grad is not None}
+        for parameter in self._earlier:
             parameter.grad = None
-        return earlier
 
     def sum_gradients(self) -> None:
         """Sum gradients over replicas and over the copies of tied embeddings; `step` calls it."""
@@ -327,6 +319,9 @@ class PipelineModel(nn.Module):
             sum_gradients(list(self.parameters()), self._column_group)
         if self._tie_group is not None:
             sum_gradients([self._tied_weight()], self._tie_group)
+        for parameter, grad in self._earlier.items():
+            parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
+        self._earlier = {}
         self._needs_sum = False
 
     # What an optimizer loop needs -----------------------------------------------------------------------------------
@@ -360,5 +355,7 @@ class PipelineModel(nn.Module):
     def forward(self, batch: StepBatch | Mapping[str, Any]) -> StepResult:
         """`step` in training mode, the loss alone in evaluation mode."""
         if not isinstance(batch, StepBatch):
-            raise ModelError("PipelineModel takes a StepBatch: shapes of all ranks' microbatches, inputs of this one's.")
+            raise ModelError(
+                "PipelineModel takes a StepBatch: shapes of all ranks' microbatches, inputs of this one's."
+            )
         return self.step(batch, backward=self.training and torch.is_grad_enabled())

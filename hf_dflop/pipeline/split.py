@@ -11,14 +11,13 @@ other stages hand hidden states on. No family is known by name.
 In: a model, its structure, a plan. Out: one `VisionPart` or `LlmPart` per stage, and the names that a rank can drop.
 """
 
-import inspect
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from hf_dflop.errors import ModelError, PlanError
+from hf_dflop.errors import PlanError
 from hf_dflop.pipeline.features import FeatureFormat, flatten, unflatten
 from hf_dflop.pipeline.shell import Foreign, Inject, Received, shell
 from hf_dflop.pipeline.structure import Structure, is_pixels
@@ -163,11 +162,3 @@ def owner_stage(structure: Structure, plan: Plan, name: str) -> int:
     if inside((structure.decoder,)):
         return 1
     return 0
-
-
-def check_inputs(part: LlmPart, inputs: Mapping[str, Any]) -> None:
-    """Raises `ModelError` for inputs that the pipeline would silently leave out."""
-    body = part.model.get_submodule(part.body)
-    for key in inputs:
-        if is_pixels(key) and key not in inspect.signature(type(body).get_image_features).parameters:
-            raise ModelError(f"the microbatch holds {key}; the pipeline runs images only, no videos or audio yet.")

@@ -181,17 +181,13 @@ class RaggedStage(_PipelineStageBase):
         return [(self.replica, whole)]
 
     def _receive(self, stage: int, views: list[tuple[int, torch.Tensor]]) -> list[dist.P2POp]:
-        return [
-            dist.P2POp(dist.irecv, view, self.topology.rank(stage, replica)) for replica, view in views
-        ]
+        return [dist.P2POp(dist.irecv, view, self.topology.rank(stage, replica)) for replica, view in views]
 
     def _send(self, stage: int, microbatch: int, views: list[tuple[int, torch.Tensor]]) -> None:
         # Sent here, not by the runtime: that keeps every tensor that was sent until the step ends.
         while len(self._pending) >= _MAX_PENDING_SENDS:
             self._wait_oldest()
-        works = [
-            (dist.isend(view, self.topology.rank(stage, replica)), view) for replica, view in views
-        ]
+        works = [(dist.isend(view, self.topology.rank(stage, replica)), view) for replica, view in views]
         self._pending.append((microbatch, works))
 
     def _wait_oldest(self) -> None:

@@ -75,7 +75,9 @@ def read_structure(model: nn.Module) -> Structure:
     text_config = model.config.get_text_config()
     num_layers = text_config.num_hidden_layers
     lists = [
-        name for name, child in decoder.named_children() if isinstance(child, nn.ModuleList) and len(child) == num_layers
+        name
+        for name, child in decoder.named_children()
+        if isinstance(child, nn.ModuleList) and len(child) == num_layers
     ]
     if len(lists) != 1:
         raise ModelError(

@@ -77,9 +77,7 @@ def plan(
     if stages > 1 and spread[0] > 1:
         spread[0], spread[1] = spread[0] + 1, spread[1] - 1
     return Plan(
-        vision=ModulePlan(
-            layers=(1,), dp=dp if placement != "disjoint" else vision_dp, checkpointing=checkpointing
-        ),
+        vision=ModulePlan(layers=(1,), dp=dp if placement != "disjoint" else vision_dp, checkpointing=checkpointing),
         llm=ModulePlan(layers=tuple(spread), dp=dp, num_chunks=chunks, checkpointing=checkpointing),
         num_microbatches=num_microbatches,
         schedule=schedule,

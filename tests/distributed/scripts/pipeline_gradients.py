@@ -1,6 +1,7 @@
 """Gradients of every parameter through the pipeline against the stock model in one process.
 
-Arguments: families (comma separated, or "all"), layouts ("all" or "2,1,1;1,2,2"), float64 or float32.
+Arguments: "suite" (two families in all layouts, every family in one); or families (comma separated, or "all"), layouts
+("all" or "2,1,1;1,2,2") and float64 or float32.
 """
 
 import sys
@@ -45,14 +46,22 @@ def reference(worlds: p.Worlds, family: str, dtype: torch.dtype, tied: bool = Fa
     return {"cells": cells, "collate": collate, "loss": loss, "gradients": gradients, "tied": tied}
 
 
-if __name__ == "__main__":
-    worlds = p.Worlds()
+def jobs() -> list[tuple[str, list[p.Layout], torch.dtype, bool]]:
+    """Family, layouts, type, tied embeddings."""
+    if sys.argv[1] == "suite":
+        whole = [("llava", LAYOUTS, torch.float64, True), ("qwen3_vl", LAYOUTS, torch.float64, False)]
+        short = [(f, [(3, 1, 2), (1, 2, 1)][i % 2 :][:1], torch.float64, False) for i, f in enumerate(FAMILIES)]
+        return whole + [job for job in short if job[0] not in ("llava", "qwen3_vl")]
     names = list(FAMILIES) if sys.argv[1] == "all" else sys.argv[1].split(",")
     layouts = LAYOUTS if sys.argv[2] == "all" else [tuple(map(int, x.split(","))) for x in sys.argv[2].split(";")]
-    dtype = getattr(torch, sys.argv[3])
-    for family in names:
+    return [(name, layouts, getattr(torch, sys.argv[3]), False) for name in names]  # type: ignore[misc]
+
+
+if __name__ == "__main__":
+    worlds = p.Worlds()
+    for family, layouts, dtype, tied in jobs():
         start = time.perf_counter()
-        expected = reference(worlds, family, dtype)
+        expected = reference(worlds, family, dtype, tied)
         for layout in layouts:
             with worlds.of(layout[0] + layout[1] * layout[2]) as inside:
                 if inside:
