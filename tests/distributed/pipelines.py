@@ -197,7 +197,8 @@ def covered(pipe: PipelineModel) -> bool:
 class Worlds:
     """Worlds of the first n launched processes, one after the other."""
 
-    def __init__(self) -> None:
+    def __init__(self, timeout_s: float = 60) -> None:
+        self.timeout_s = timeout_s
         torch.set_num_threads(1)
         self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         self.store = dist.TCPStore(
@@ -212,11 +213,13 @@ class Worlds:
         inside = self.rank < size
         if inside:
             store = dist.PrefixStore(f"world{self.count}", self.store)
-            timeout = datetime.timedelta(seconds=60)
+            timeout = datetime.timedelta(seconds=self.timeout_s)
             dist.init_process_group("gloo", store=store, rank=self.rank, world_size=size, timeout=timeout)
-        yield inside
-        if inside:
-            dist.destroy_process_group()
+        try:
+            yield inside
+        finally:
+            if inside:
+                dist.destroy_process_group()
 
     def tell(self, value: Any) -> Any:
         """What rank 0 gives, on every rank."""
