@@ -5,6 +5,7 @@
     BalancedStream    balanced microbatches from a stream, for a DataLoader of your own
     PackedCollator    joins the samples of a microbatch into one row without padding
     measure_model     what a model's parts take on this machine
+    PipelineModel     a stock model whose encoder and LLM run on their own ranks, in stages
     CostModel         shapes → seconds per module
     simulate          what a plan's steps take on a dataset, and why ranks wait
     balance.assign    the partitioner that the callback runs
@@ -29,6 +30,7 @@ _EXPORTS = {
     "Network": "hf_dflop.plan.network",
     "PackedCollator": "hf_dflop.data",
     "Plan": "hf_dflop.plan.plan",
+    "PipelineModel": "hf_dflop.pipeline",
     "Shapes": "hf_dflop.shapes",
     "VisionLanguageCollator": "hf_dflop.data",
     "check_packing": "hf_dflop.data",
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
     from hf_dflop.data import BalancedStream, PackedCollator, VisionLanguageCollator, check_packing
     from hf_dflop.errors import DflopError
     from hf_dflop.integrations import DflopCallback
+    from hf_dflop.pipeline import PipelineModel
     from hf_dflop.plan.cluster import Cluster
     from hf_dflop.plan.make_plan import make_plan
     from hf_dflop.plan.network import Network
