@@ -271,7 +271,7 @@ def keep_float64() -> None:
 class Worlds:
     """Worlds of the first n launched processes, one after the other."""
 
-    def __init__(self, timeout_s: float = 60) -> None:
+    def __init__(self, timeout_s: float = 180) -> None:
         self.timeout_s = timeout_s
         torch.set_num_threads(1)
         keep_float64()
