@@ -4,7 +4,10 @@ import sys
 
 import typer
 
+from hf_dflop.cli.measure import measure
+from hf_dflop.cli.plan import plan
 from hf_dflop.cli.profile import merge, profile
+from hf_dflop.cli.simulate import simulate
 from hf_dflop.errors import DflopError
 
 __all__ = ["app", "main"]
@@ -19,6 +22,9 @@ app = typer.Typer(
 )
 app.command()(profile)
 app.command()(merge)
+app.command()(measure)
+app.command()(plan)
+app.command()(simulate)
 
 
 @app.callback()

@@ -10,6 +10,7 @@ import json
 import os
 import resource
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,13 @@ class CountingCollator(TrainerCallback):
         self.tokens = self.computed = 0
 
 
-def calibrate(ingredients: finetune_vlm.Ingredients, count: int, path: Path, rank: int) -> CostModel:
+def calibrate(
+    ingredients: finetune_vlm.Ingredients,
+    count: int,
+    path: Path,
+    rank: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> CostModel:
     """Measure `count` real microbatches (every rank the same ones at the same time), fit, save and return."""
     shapes = Shapes.of_dataset(ingredients.train)
     model = copy.deepcopy(ingredients.model).train()
@@ -64,9 +71,9 @@ def calibrate(ingredients: finetune_vlm.Ingredients, count: int, path: Path, ran
     for turn, place in enumerate(spread):
         picked = by_cost[place : place + 1 + turn % 2].tolist()
         batch = ingredients.collator([ingredients.train[i] for i in picked])
-        start = time.perf_counter()
+        start = clock()
         model(**batch).loss.backward()
-        seconds = time.perf_counter() - start
+        seconds = clock() - start
         if turn > 0:
             observations.append(Observation(shapes=shapes.select(picked), padded=True, seconds=seconds))
         model.zero_grad()
@@ -97,10 +104,11 @@ def run(
     training.eval_on_start = evaluated
     trainer = finetune_vlm.build_trainer(recipe, training, own)
     trainer.add_callback(collator)
-    trainer.train(ignore_keys_for_eval=finetune_vlm.NOT_LOGITS)
+    ignored = finetune_vlm.outputs_but_logits(own.model)
+    trainer.train(ignore_keys_for_eval=ignored)
     counts = gather_object([(collator.tokens, collator.computed)])
     before = _first_evaluation(trainer.state.log_history) if evaluated else {}
-    after = trainer.evaluate(metric_key_prefix="after", ignore_keys=finetune_vlm.NOT_LOGITS) if evaluated else {}
+    after = trainer.evaluate(metric_key_prefix="after", ignore_keys=ignored) if evaluated else {}
     peaks = gather_object([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024])
     ranks = read_trace(folder / "trace")
     seconds = max(steps[-1]["end_s"] for steps in ranks) - min(steps[0]["begin_s"] for steps in ranks)
@@ -161,6 +169,12 @@ def main() -> None:
         if rank == 0:
             print(f"[demo] measuring {settings.num_calibration} microbatches to fit the cost model", flush=True)
         calibrate(ingredients, settings.num_calibration, path, rank)
+    if rank == 0:
+        settings.paced(Shapes.of_dataset(ingredients.train), CostModel.load(path))
+    torch.distributed.barrier()
+    settings = settings.paced()
+    if rank == 0:
+        print(f"[demo] {settings.num_steps} steps a run, at this machine's pace", flush=True)
     train = ingredients.train.select(range(settings.num_samples))
     ingredients.train = train.add_column("length", settings.lengths(train))
     for round_ in range(settings.num_rounds):

@@ -1,7 +1,7 @@
 """Builds the demo's checkpoint: a small vision-language model of stock transformers classes from real weights.
 
 Decides the architecture: `AyaVisionForConditionalGeneration` with the first layers of a DINOv2-shaped ViT-S/14 as
-vision encoder, the first layers and the first tokens of SmolLM2-135M-Instruct as LLM, and an untrained connector.
+vision encoder, the first layers of SmolLM2-135M-Instruct and its whole tokenizer as LLM, and an untrained connector.
 Of the model families that cut a picture into a varying number of tiles, this is one whose processor loads through
 plain `AutoProcessor` without torchvision (LLaVA-OneVision's does not: it insists on a video processor), and whose
 connector merges patches (3 x 3 here), so that a tile is 37 positions of the encoder and 5 tokens of the LLM: the
@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["CHAT_TEMPLATE", "DemoModelConfig", "build_model"]
+__all__ = ["CHAT_TEMPLATE", "DemoModelConfig", "build_model", "build_processor"]
 
 FOLDER = "model"
 _STAMP = "demo_model.json"
@@ -60,11 +60,11 @@ class DemoModelConfig:
 
     vision_layers: int = 8
     """Of the encoder's 12 layers."""
-    llm_layers: int = 3
+    llm_layers: int = 2
     """Of the LLM's 30 layers."""
-    vocab_size: int | None = 8192
-    """Tokens kept of the LLM's 49,152 (None: all), the first in merge order: a valid BPE with its own ids. With all of
-    them the LM head is most of so short an LLM's work, and bound by memory that two processes share."""
+    vocab_size: int | None = None
+    """Tokens kept of the LLM's 49,152 (None: all), the first in merge order: a valid BPE with its own ids, for tests
+    that must be quick."""
     tile_pixels: int = 84
     """Side of a square tile; a multiple of three times the patch size, 42."""
     max_tiles: int = 6
@@ -109,7 +109,7 @@ def build_model(cache: Path | str, *, config: DemoModelConfig | None = None, **c
     print(f"[demo] building the model: {config.vision_layers} vision and {config.llm_layers} LLM layers", flush=True)
     partial = folder.with_name(FOLDER + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    processor = _build_processor(fetched.llm_gguf, config)
+    processor = build_processor(fetched.llm_gguf, config)
     model = _assemble(fetched.vision_onnx, fetched.llm_gguf, processor, config)
     model.save_pretrained(partial)
     processor.save_pretrained(partial)
@@ -121,7 +121,8 @@ def build_model(cache: Path | str, *, config: DemoModelConfig | None = None, **c
     return folder
 
 
-def _build_processor(gguf: Path, config: DemoModelConfig):  # type: ignore[no-untyped-def]
+def build_processor(gguf: Path, config: DemoModelConfig) -> Any:
+    """Tokenizer and image processor of the demo's model, from the LLM's file."""
     from tokenizers import AddedToken, Tokenizer
     from transformers import AyaVisionProcessor, GotOcr2ImageProcessorPil, PreTrainedTokenizerFast
 
