@@ -6,10 +6,13 @@ import datetime
 import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
+from io import BytesIO
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from PIL import Image
 
 from hf_dflop.data import VisionLanguageCollator
 from hf_dflop.pipeline import MicrobatchShape, PipelineModel, StepBatch, StepShape, build_batch
@@ -126,9 +129,29 @@ def plan(
     )
 
 
+@functools.cache
+def rows_of(family: str) -> list[dict[str, Any]]:
+    """The family's rows; their images are the same in every process."""
+    generator = np.random.default_rng(0)
+
+    def seeded(image: dict[str, Any]) -> dict[str, Any]:
+        size = Image.open(BytesIO(image["bytes"])).size[::-1]
+        file = BytesIO()
+        Image.fromarray(generator.integers(0, 256, (*size, 3), dtype=np.uint8)).save(file, "PNG")
+        return {"bytes": file.getvalue(), "path": None}
+
+    rows = families.rows_of(family)
+    for row in rows:
+        if "image" in row:
+            row["image"] = seeded(row["image"])
+        else:
+            row["images"] = [seeded(image) for image in row["images"]]
+    return rows
+
+
 def cells_of(family: str, *, text_only: bool = False) -> Cells:
     """Eight ragged cells: of several samples, of one, without images, and one without any sample."""
-    rows = families.rows_of(family)
+    rows = rows_of(family)
     pictures = [row for row in rows if row.get("images") or row.get("image")]
     words = [row for row in rows if row not in pictures]
     if text_only:
@@ -248,7 +271,7 @@ def keep_float64() -> None:
 class Worlds:
     """Worlds of the first n launched processes, one after the other."""
 
-    def __init__(self, timeout_s: float = 60) -> None:
+    def __init__(self, timeout_s: float = 180) -> None:
         self.timeout_s = timeout_s
         torch.set_num_threads(1)
         keep_float64()
