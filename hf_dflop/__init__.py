@@ -5,6 +5,7 @@
     PackedCollator    joins the samples of a microbatch into one row without padding
     PipelineModel     a stock model whose encoder and LLM run on their own ranks, in stages
     CostModel         shapes → seconds per module
+    simulate          what a plan's steps take on a dataset, and why ranks wait
     balance.assign    the partitioner that the callback runs
 
 Importing this module imports neither torch nor transformers: every public name is loaded when first used.
@@ -16,17 +17,22 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0.dev0"
 
 _EXPORTS = {
+    "Cluster": "hf_dflop.plan.cluster",
     "CostModel": "hf_dflop.cost",
     "DatasetProfile": "hf_dflop.profile",
     "DflopCallback": "hf_dflop.integrations",
     "DflopError": "hf_dflop.errors",
     "ModelSpec": "hf_dflop.cost",
+    "Network": "hf_dflop.plan.network",
     "PackedCollator": "hf_dflop.data",
     "PipelineModel": "hf_dflop.pipeline",
+    "Plan": "hf_dflop.plan.plan",
     "Shapes": "hf_dflop.shapes",
     "VisionLanguageCollator": "hf_dflop.data",
     "check_packing": "hf_dflop.data",
+    "make_plan": "hf_dflop.plan.make_plan",
     "profile_dataset": "hf_dflop.profile",
+    "simulate": "hf_dflop.plan.simulation",
 }
 _MODULES = ("balance", "cost", "errors", "shapes")
 
@@ -38,6 +44,11 @@ if TYPE_CHECKING:
     from hf_dflop.errors import DflopError
     from hf_dflop.integrations import DflopCallback
     from hf_dflop.pipeline import PipelineModel
+    from hf_dflop.plan.cluster import Cluster
+    from hf_dflop.plan.make_plan import make_plan
+    from hf_dflop.plan.network import Network
+    from hf_dflop.plan.plan import Plan
+    from hf_dflop.plan.simulation import simulate
     from hf_dflop.profile import DatasetProfile, profile_dataset
     from hf_dflop.shapes import Shapes
 

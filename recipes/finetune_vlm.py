@@ -16,13 +16,14 @@ fetched and used.
 
 import logging
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 from datasets import Dataset, DatasetDict
 from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentParser, Trainer, TrainingArguments
+from transformers.utils import ModelOutput
 
 import hf_dflop
 from hf_dflop import metrics
@@ -30,15 +31,6 @@ from hf_dflop.cost import CostModel
 
 logger = logging.getLogger(__name__)
 _DEMO = "demo"
-NOT_LOGITS = [
-    "past_key_values",
-    "hidden_states",
-    "attentions",
-    "image_hidden_states",
-    "video_hidden_states",
-    "rope_deltas",
-]
-"""Outputs that an evaluation must not gather: a rank whose batch has no image has none of some, and all would hang."""
 
 
 @dataclass(kw_only=True)
@@ -182,6 +174,18 @@ def build_trainer(recipe: RecipeArguments, training: TrainingArguments, ingredie
     )
 
 
+def outputs_but_logits(model: Any) -> list[str]:
+    """Names of the model's outputs that an evaluation must not gather.
+
+    A rank whose batch has no image returns none of some of them, and all ranks would wait for ever. They are the
+    fields of the output classes beside the model's own class, whatever this version of transformers calls them.
+    """
+    kinds = vars(sys.modules[type(model).__module__]).values()
+    outputs = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, ModelOutput)]
+    names = {f.name for kind in outputs if is_dataclass(kind) for f in fields(kind)}
+    return sorted(names - {"loss", "logits"})
+
+
 def shrink_logits(logits: Any, labels: Any) -> Any:
     """Logits `(rows, length, vocab)` → the predicted id and the NLL of the label at each position but the last."""
     import torch
@@ -254,9 +258,10 @@ def main(arguments: list[str] | None = None) -> None:
     # Not `trainer.evaluate()` before training: it would leave the model without DDP.
     training.eval_on_start = ingredients.evaluation is not None
     trainer = build_trainer(recipe, training, ingredients)
-    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint, ignore_keys_for_eval=NOT_LOGITS)
+    ignored = outputs_but_logits(ingredients.model)
+    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint, ignore_keys_for_eval=ignored)
     if ingredients.evaluation is not None:
-        trainer.log_metrics("after", trainer.evaluate(metric_key_prefix="after", ignore_keys=NOT_LOGITS))
+        trainer.log_metrics("after", trainer.evaluate(metric_key_prefix="after", ignore_keys=ignored))
     trainer.save_model()
     if trainer.is_world_process_zero():
         ingredients.processor.save_pretrained(training.output_dir)

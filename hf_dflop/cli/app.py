@@ -4,7 +4,9 @@ import sys
 
 import typer
 
+from hf_dflop.cli.plan import plan
 from hf_dflop.cli.profile import merge, profile
+from hf_dflop.cli.simulate import simulate
 from hf_dflop.errors import DflopError
 
 __all__ = ["app", "main"]
@@ -19,6 +21,8 @@ app = typer.Typer(
 )
 app.command()(profile)
 app.command()(merge)
+app.command()(plan)
+app.command()(simulate)
 
 
 @app.callback()

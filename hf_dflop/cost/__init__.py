@@ -1,6 +1,7 @@
 """What samples cost: structure of a model, FLOPs from shapes, seconds from FLOPs. No torch, no
 transformers."""
 
+from hf_dflop.cost.activations import PartMemory, activation_memory
 from hf_dflop.cost.fit import FitError
 from hf_dflop.cost.flops import (
     ModuleFlops,
@@ -12,23 +13,36 @@ from hf_dflop.cost.flops import (
     train_factors,
     training_flops,
 )
+from hf_dflop.cost.memory import MemorySettings, MicrobatchCounts, StageLayers, StageMemory, stage_memory
 from hf_dflop.cost.model import CostModel, Observation, Rates
+from hf_dflop.cost.parameters import parameter_counts
+from hf_dflop.cost.parts import PARTS, part_states
 from hf_dflop.cost.spec import ConnectorSpec, ModelSpec, TransformerSpec
 
 __all__ = [
+    "PARTS",
     "ConnectorSpec",
     "CostModel",
     "FitError",
+    "MemorySettings",
+    "MicrobatchCounts",
     "ModelSpec",
     "ModuleFlops",
     "Observation",
+    "PartMemory",
     "Rates",
+    "StageLayers",
+    "StageMemory",
     "Trainable",
     "TransformerSpec",
+    "activation_memory",
     "forward_terms",
     "llm_flops",
     "llm_terms",
     "module_flops",
+    "parameter_counts",
+    "part_states",
+    "stage_memory",
     "train_factors",
     "training_flops",
 ]

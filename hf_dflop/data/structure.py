@@ -103,11 +103,12 @@ class ModelStructure:
             length = len(sample["input_ids"])
             masks.append(
                 rule(
-                    config=self.config,
-                    inputs_embeds=torch.empty(1, length, 0, dtype=dtype),  # only its shape and dtype are read
-                    attention_mask=None,
-                    past_key_values=None,
-                    position_ids=torch.arange(length)[None],
+                    # The first five by place: the fourth, the cache, has gone by two names.
+                    self.config,
+                    torch.empty(1, length, 0, dtype=dtype),  # only its shape and dtype are read
+                    None,
+                    None,
+                    torch.arange(length)[None],
                     is_first_iteration=True,
                     **columns,
                 )

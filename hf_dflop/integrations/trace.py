@@ -8,6 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from hf_dflop.plan.recorded import read_trace
+
 __all__ = ["TraceWriter", "read_trace"]
 
 
@@ -28,19 +30,3 @@ class TraceWriter:
 
     def close(self) -> None:
         self._file.close()
-
-
-def read_trace(folder: str | Path) -> list[list[dict[str, Any]]]:
-    """The recorded steps of every rank: outer list over ranks, inner list over steps.
-
-    Raises:
-        FileNotFoundError: no trace in `folder`.
-    """
-    paths = sorted(Path(folder).glob("trace-rank*.jsonl"))
-    if not paths:
-        raise FileNotFoundError(f"no trace-rank*.jsonl in {folder}")
-    ranks = []
-    for path in paths:
-        with open(path, encoding="utf-8") as file:
-            ranks.append([json.loads(line) for line in file if line.endswith("\n")])
-    return ranks

@@ -101,8 +101,8 @@ def dry_run(order: Order, facts: OrderFacts | None = None) -> list[Action]:
     facts = check_order(order) if facts is None else facts
     num_stages = len(facts.stage_rank)
     split = [False] * num_stages
-    for rank in order:
-        for action in rank:
+    for actions in order:
+        for action in actions:
             split[action.stage] |= action.kind is I
     done: set[Action] = set()
     waiting: dict[Action, list[int]] = {}  # what is waited for -> the ranks that wait

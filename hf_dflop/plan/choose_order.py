@@ -18,11 +18,17 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from hf_dflop.errors import PlanError
 from hf_dflop.plan import timing
 from hf_dflop.plan.actions import Action, Kind, Order
-from hf_dflop.plan.compiled import CompiledOrder, check_fit, compile_schedule, compiled
-from hf_dflop.plan.compiled import kernel_args, scratch, step_seconds
+from hf_dflop.plan.compiled import (
+    CompiledOrder,
+    check_fit,
+    compile_schedule,
+    compiled,
+    kernel_args,
+    scratch,
+    step_seconds,
+)
 from hf_dflop.plan.durations import Durations
 from hf_dflop.plan.order_greedy import greedy_actions
 

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from hf_dflop.errors import PlanError
 from hf_dflop.plan import timing
 from hf_dflop.plan.actions import Kind, Order
-from hf_dflop.plan.check_order import check_order, dry_run
+from hf_dflop.plan.check_order import OrderFacts, check_order, dry_run
 from hf_dflop.plan.durations import Durations
 from hf_dflop.plan.orders import make_order
 
@@ -54,19 +54,25 @@ def compile_order(order: Order) -> CompiledOrder:
     Raises:
         PlanError: it cannot be run, see `check_order` and `dry_run`.
     """
-    facts = check_order(order)
-    line = dry_run(order, facts)
-    position = np.array([a.microbatch for a in line if a.stage == 0 and a.kind is Kind.FORWARD], dtype=np.int64)
-    place = np.empty_like(position)
-    place[position] = np.arange(position.size)
-    return compiled(
-        np.array([action.stage for action in line], dtype=np.int64),
-        np.array([KIND_CODE[action.kind] for action in line], dtype=np.int64),
-        place[np.array([action.microbatch for action in line], dtype=np.int64)],
-        facts.stage_rank,
-        facts.first_backward_stage,
-        position,
-    )
+    return _arrays(order, check_order(order))
+
+
+def _arrays(order: Order, facts: OrderFacts) -> CompiledOrder:
+    actions = [action for rank in order for action in rank]
+    codes = np.array([(a.stage, KIND_CODE[a.kind], a.microbatch) for a in actions], dtype=np.int64)
+    stage, kind, microbatch = np.ascontiguousarray(codes.T)
+    starts = np.cumsum([0, *map(len, order)])
+    position = microbatch[(stage == 0) & (kind == 0)]
+    places = np.empty_like(position)
+    places[position] = np.arange(position.size)
+    place = places[microbatch]
+    num_stages = len(facts.stage_rank)
+    split = np.zeros(num_stages, dtype=np.bool_)
+    split[stage[kind == KIND_CODE[Kind.BACKWARD_INPUT]]] = True
+    line = np.empty_like(stage)
+    if timing.line_up(stage, kind, place, starts, num_stages, position.size, split, line) < line.size:
+        dry_run(order, facts)  # says which rank waits for what
+    return compiled(stage[line], kind[line], place[line], facts.stage_rank, facts.first_backward_stage, position)
 
 
 def compiled(
@@ -87,19 +93,18 @@ def compiled(
     )
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=128)
 def compile_schedule(
     schedule: str, stage_rank: tuple[int, ...], num_microbatches: int, first_backward_stage: int = 0
 ) -> CompiledOrder:
     """The compiled order of a schedule by name; kept, since a search asks for few of them very often."""
-    return compile_order(
-        make_order(
-            schedule,
-            stage_rank=stage_rank,
-            num_microbatches=num_microbatches,
-            first_backward_stage=first_backward_stage,
-        )
+    order = make_order(
+        schedule,
+        stage_rank=stage_rank,
+        num_microbatches=num_microbatches,
+        first_backward_stage=first_backward_stage,
     )
+    return _arrays(order, OrderFacts(tuple(stage_rank), num_microbatches, first_backward_stage))
 
 
 def step_seconds(order: CompiledOrder, durations: Durations) -> float:

@@ -76,6 +76,7 @@ class Durations:
         lockstep: int = 1,
         bridge: int | None = None,
         bridge_shares: Any = None,
+        bridge_ranges: tuple[Any, Any] | None = None,
     ) -> "Durations":
         """Check and join the seconds of a step.
 
@@ -94,6 +95,7 @@ class Durations:
             bridge_shares (*optional*):
                 `(num_replicas, num_microbatches)`: how much of a microbatch's images each replica after the bridge
                 has; by default all the same.
+            bridge_ranges (*optional*): `forward_from` and `backward_from` themselves, where they are known.
 
         Raises:
             PlanError: a number that is negative or not finite, or shapes that do not fit each other.
@@ -124,7 +126,7 @@ class Durations:
             if given is None:
                 continue
             rows = _rows(given, ("transfer_s", "gradient_transfer_s")[way])
-            wanted = [shape for shape in (shapes[1:] if way else shapes[:-1])]
+            wanted = shapes[1:] if way else shapes[:-1]
             if [row.shape for row in rows] != wanted:
                 raise PlanError(
                     f"{'gradient_transfer_s' if way else 'transfer_s'} has the shapes {[row.shape for row in rows]}; "
@@ -153,7 +155,8 @@ class Durations:
                 shares = _rows([bridge_shares], "bridge_shares")[0]
                 if shares.shape != (receivers, num_microbatches):
                     raise PlanError(f"bridge_shares is {shares.shape}; it must be {(receivers, num_microbatches)}.")
-            forward_from[:receivers], backward_from[:senders] = _pieces(shares, senders)
+            ranges = _pieces(shares, senders) if bridge_ranges is None else bridge_ranges
+            forward_from[:receivers], backward_from[:senders] = ranges
         return cls(
             num_replicas=num_replicas,
             seconds=seconds,

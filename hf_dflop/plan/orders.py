@@ -88,23 +88,29 @@ def _dealt_round(stage_rank: Ranks, num_microbatches: int, *, split: bool) -> Or
 
 
 def stage_ranks(
-    num_llm_ranks: int, num_llm_stages: int, *, num_vision_stages: int = 0, colocated: bool = False
+    num_llm_ranks: int,
+    num_llm_stages: int,
+    *,
+    num_vision_ranks: int = 0,
+    num_vision_stages: int | None = None,
+    colocated: bool = False,
 ) -> Ranks:
     """Pipeline rank of each stage, the encoder's first.
 
     Args:
         num_llm_ranks (`int`), num_llm_stages (`int`): of the LLM; stage s on its rank s mod `num_llm_ranks`.
-        num_vision_stages (`int`): of the encoder, each on a rank of its own before the LLM's.
+        num_vision_ranks (`int`), num_vision_stages (`int`): the same of the encoder, on ranks before the LLM's.
         colocated (`bool`): the encoder is one stage on the rank of the LLM's first.
 
     Example:
-        >>> stage_ranks(2, 4, num_vision_stages=1), stage_ranks(2, 2, colocated=True)
+        >>> stage_ranks(2, 4, num_vision_ranks=1), stage_ranks(2, 2, colocated=True)
         ((0, 1, 2, 1, 2), (0, 0, 1))
     """
     llm = [stage % num_llm_ranks for stage in range(num_llm_stages)]
     if colocated:
         return (0, *llm)
-    return (*range(num_vision_stages), *(num_vision_stages + rank for rank in llm))
+    vision = [stage % num_vision_ranks for stage in range(num_vision_stages or num_vision_ranks)]
+    return (*vision, *(num_vision_ranks + rank for rank in llm))
 
 
 def make_order(
@@ -151,10 +157,12 @@ def make_order(
     return [[Action(a.stage, a.kind, wanted[a.microbatch]) for a in rank] for rank in order]
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=32)
 def _cached(schedule: str, ranks: Ranks, num_microbatches: int, first: int) -> tuple[tuple[Action, ...], ...]:
     fused = [rank for rank, _ in groupby(ranks)]
     order = ORDERS[schedule](tuple(fused), num_microbatches)
+    if first == 0 and len(fused) == len(ranks):
+        return tuple(tuple(rank) for rank in order)
     stages: list[list[int]] = [[] for _ in fused]  # fused stage -> stages
     at = -1
     for stage, rank in enumerate(ranks):

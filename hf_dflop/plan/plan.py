@@ -80,8 +80,9 @@ class ModulePlan:
     def num_ranks(self) -> int:
         return self.tp * self.pp * self.dp
 
-    def rank(self, *, stage: int, replica: int, shard: int = 0) -> int:
-        """Rank within the module of a stage (of all `num_stages`), replica and tensor-parallel shard."""
+    def rank(self, *, stage: int, replica: Any, shard: int = 0) -> Any:
+        """Rank within the module of a stage (of all `num_stages`), replica (or array of replicas) and tensor-parallel
+        shard."""
         return (stage % self.pp * self.dp + replica) * self.tp + shard
 
 
@@ -122,7 +123,7 @@ class Plan:
     """Samples of a step, over all replicas."""
     spec_hash: str | None = None
     """Of the `ModelSpec` that it was planned for."""
-    expected: Mapping[str, Any] = field(default_factory=dict)
+    expected: Mapping[str, Any] = field(default_factory=dict, hash=False)
     """What the planner predicted (`step_s`, `peak_bytes`, ...), for people and reports."""
 
     def __post_init__(self) -> None:

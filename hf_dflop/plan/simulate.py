@@ -14,6 +14,7 @@ weight part, where the backward is split).
 """
 
 import heapq
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -29,7 +30,7 @@ from hf_dflop.plan.compiled import CompiledOrder, check_fit, compile_order, kern
 from hf_dflop.plan.durations import Durations
 from hf_dflop.plan.timeline import CAUSES, TimedAction, Timeline
 
-__all__ = ["simulate_order"]
+__all__ = ["most_in_flight", "simulate_order"]
 
 KINDS = tuple(Kind)
 CODE = {kind: code for code, kind in enumerate(Kind)}
@@ -77,16 +78,17 @@ def simulate_order(order: Order, durations: Durations, *, activation_bytes: Sequ
     for timed in actions:
         busy[number[timed.rank, timed.replica]] += _own_s(durations, timed)
     busy += np.array([finish_args[4][rank] for rank, _ in lines])
-    peak_in_flight, peak_bytes = _peaks(order, durations, lines, activation_bytes)
+    held = _held(durations, activation_bytes)
     return Timeline(
         actions=tuple(actions),
         lines=tuple(lines),
         step_s=step_s,
         end_s=np.array([ends[line] for line in lines]),
+        reduced_s=np.array([ends[line] - finish_args[4][line[0]] for line in lines]),
         busy_s=busy,
         idle_s=_idle(compiled, durations, lines, step_s, busy),
-        peak_in_flight=peak_in_flight,
-        peak_bytes=peak_bytes,
+        peak_in_flight=_microbatches_in_flight(order, lines),
+        peak_bytes=None if held is None else most_in_flight(order, held),
         num_stages=durations.num_stages,
         num_microbatches=durations.num_microbatches,
     )
@@ -199,32 +201,62 @@ def _reduce(
     return ends
 
 
-def _peaks(
-    order: Order, durations: Durations, lines: list[tuple[int, int]], activation_bytes: Sequence[Any] | None
-) -> tuple[npt.NDArray[np.int64], FloatArray | None]:
-    """Most (stage, microbatch) in flight at once, and most bytes, on each line."""
-    held = np.zeros((durations.num_stages, durations.seconds.shape[2], durations.num_microbatches))
-    if activation_bytes is not None:
-        if len(activation_bytes) != durations.num_stages:
-            raise PlanError(f"activation_bytes has {len(activation_bytes)} entries for {durations.num_stages} stages.")
-        for stage, given in enumerate(activation_bytes):
-            held[stage, : durations.num_replicas[stage]] = given
-    in_flight = np.zeros(len(lines), dtype=np.int64)
-    most = np.zeros(len(lines))
-    for i, (rank, replica) in enumerate(lines):
-        count, total = 0, 0.0
-        trained = {action.stage for action in order[rank] if action.kind is not Kind.FORWARD}
-        for action in order[rank]:
-            here = held[action.stage, replica, action.microbatch]
+def most_in_flight(order: Order, held: Sequence[Any]) -> FloatArray:
+    """The most of `held` on each line at once, `(num_lines,)`: it needs no seconds, since a rank's order is fixed.
+
+    Args:
+        order (`Order`): pipeline rank -> actions.
+        held: one entry per stage, `(num_replicas, num_microbatches)`.
+    """
+    rows = [np.atleast_2d(np.asarray(given, dtype=np.float64)) for given in held]
+    most = []
+    for actions in order:
+        trained = {action.stage for action in actions if action.kind is not Kind.FORWARD}
+        total = np.zeros(rows[actions[0].stage].shape[0])
+        peak = total.copy()
+        for action in actions:
+            here = rows[action.stage][:, action.microbatch]
             if action.kind is Kind.FORWARD:
-                in_flight[i] = max(in_flight[i], count + 1)
-                most[i] = max(most[i], total + here)
-                if action.stage not in trained:
-                    continue
-                count, total = count + 1, total + here
+                np.maximum(peak, total + here, out=peak)
+                if action.stage in trained:
+                    total += here
             elif action.kind is not Kind.BACKWARD_INPUT:
-                count, total = count - 1, total - here
-    return in_flight, most if activation_bytes is not None else None
+                total -= here
+        most.append(peak)
+    return np.concatenate(most)
+
+
+def _microbatches_in_flight(order: Order, lines: list[tuple[int, int]]) -> npt.NDArray[np.int64]:
+    """Most microbatches in flight at once on each line."""
+    most = []
+    for actions in order:
+        trained = {action.stage for action in actions if action.kind is not Kind.FORWARD}
+        stages: Counter[int] = Counter()  # microbatch -> stages that hold it
+        peak = 0
+        for action in actions:
+            if action.kind is Kind.FORWARD:
+                peak = max(peak, 1 + sum(1 for microbatch in stages if microbatch != action.microbatch))
+                if action.stage in trained:
+                    stages[action.microbatch] += 1
+            elif action.kind is not Kind.BACKWARD_INPUT:
+                stages[action.microbatch] -= 1
+                if not stages[action.microbatch]:
+                    del stages[action.microbatch]
+        most.append(peak)
+    return np.array([most[rank] for rank, _ in lines], dtype=np.int64)
+
+
+def _held(durations: Durations, activation_bytes: Sequence[Any] | None) -> list[FloatArray] | None:
+    """`activation_bytes` as one array per stage."""
+    if activation_bytes is None:
+        return None
+    if len(activation_bytes) != durations.num_stages:
+        raise PlanError(f"activation_bytes has {len(activation_bytes)} entries for {durations.num_stages} stages.")
+    shape = durations.num_microbatches
+    return [
+        np.broadcast_to(np.asarray(given, dtype=np.float64), (int(durations.num_replicas[stage]), shape))
+        for stage, given in enumerate(activation_bytes)
+    ]
 
 
 def _idle(

@@ -40,12 +40,15 @@ class Timeline:
     """Until the last line has updated its parameters."""
     end_s: FloatArray
     """`(num_lines,)`, when each has."""
+    reduced_s: FloatArray
+    """`(num_lines,)`, when each has its gradients reduced and starts the optimizer."""
     busy_s: FloatArray
     """`(num_lines,)`, its own computation and optimizer."""
     idle_s: dict[str, FloatArray]
     """Cause (of `CAUSES`) -> `(num_lines,)` seconds; they add up to `step_s - busy_s`."""
     peak_in_flight: npt.NDArray[np.int64]
-    """`(num_lines,)`: most microbatches (of all its stages) whose forward began and whose backward is not over."""
+    """`(num_lines,)`: most microbatches at once whose first forward on the line began and whose last backward there is
+    not over."""
     peak_bytes: FloatArray | None
     """`(num_lines,)`: the most that they hold; None where bytes were not given."""
     num_stages: int

@@ -15,7 +15,7 @@ The compiled functions are in one file on purpose: numba's cache on disk looks a
 import numpy as np
 from numba import njit
 
-__all__ = ["greedy", "improve", "run"]
+__all__ = ["batch", "greedy", "improve", "line_up", "run", "step_s"]
 
 
 @njit(cache=True, nogil=True)
@@ -53,7 +53,8 @@ def run(
         forward_from: `(R, M, 2)` int64, first and last + 1 replica of stage `bridge` that feed a replica of the next.
         backward_from: `(R, M, 2)`, the same from the stage after the bridge back to it.
         position: `(M,)`, which microbatch's seconds the m-th place of the order has.
-        start, end: `(4, S, R, M)` to be filled, or empty arrays. free: `(P, R)` to be filled: when each rank has done all.
+        start, end: `(4, S, R, M)` to be filled, or empty arrays.
+        free: `(P, R)` to be filled: when each rank has done all.
     """
     num_stages = stage_rank.size
     num_lines = seconds.shape[2]
@@ -136,6 +137,43 @@ def finish(free, num_rank_replicas, reduce, reduce_tail, last_backward, optimize
             ends[p, r] = done + optimizer[p]
             most = max(most, ends[p, r])
     return most
+
+
+@njit(cache=True, nogil=True)
+def line_up(stage, kind, place, starts, num_stages, num_places, split, line):
+    """Fills `line` with the places of all actions, each after what it waits for; returns how many could run.
+
+    Args:
+        stage, kind, place: `(num_actions,)`, rank after rank, each rank's actions in its order.
+        starts: `(num_ranks + 1,)`, where each rank's begin.
+        split: `(num_stages,)`, whether the stage's backward is split.
+    """
+    done = np.zeros((4, num_stages, num_places), dtype=np.bool_)
+    at = starts[:-1].copy()
+    count = 0
+    moved = True
+    while moved:
+        moved = False
+        for rank in range(starts.size - 1):
+            while at[rank] < starts[rank + 1]:
+                a = at[rank]
+                s, k, m = stage[a], kind[a], place[a]
+                if k == 0:
+                    ready = s == 0 or done[0, s - 1, m]
+                elif k == 3:
+                    ready = done[2, s, m]
+                else:
+                    ready = done[0, s, m]
+                    if s + 1 < num_stages:
+                        ready = ready and done[2 if split[s + 1] else 1, s + 1, m]
+                if not ready:
+                    break
+                done[k, s, m] = True
+                line[count] = a
+                count += 1
+                at[rank] += 1
+                moved = True
+    return count
 
 
 @njit(cache=True, nogil=True)

@@ -19,13 +19,14 @@ from recipes.demo import DemoAssets, prepare
 from recipes.demo.settings import ARMS, DemoSettings, write_whole
 
 ROOT = Path(__file__).parents[2]
+_KEEP_LARGE_BLOCKS = {"hugetlb": 1, "mmap_threshold": 4 << 30, "trim_threshold": 8 << 30, "top_pad": 256 << 20}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m recipes.demo", description=__doc__.split("\n\n")[0])
     parser.add_argument("--output-dir", type=Path, default=Path("out/demo"), help="results (default: %(default)s)")
     parser.add_argument("--cache", type=Path, default=Path(".cache/demo"), help="downloads (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=DemoSettings.num_steps, help="optimizer steps of each run")
+    parser.add_argument("--steps", type=int, help="optimizer steps of each run (default: about 7 minutes of them)")
     parser.add_argument("--rounds", type=int, default=DemoSettings.num_rounds, help="interleaved rounds")
     arguments = parser.parse_args()
     start = time.monotonic()
@@ -102,6 +103,9 @@ def _train(settings: DemoSettings) -> None:
     ]  # fmt: skip
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
+        # The logits of one microbatch are hundreds of MB. glibc would return such blocks to the kernel and have them
+        # zeroed anew each time; two processes doing that wait for each other's memory, which no sampler can balance.
+        "GLIBC_TUNABLES": ":".join(f"glibc.malloc.{name}={value}" for name, value in _KEEP_LARGE_BLOCKS.items()),
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
         "TORCH_CPP_LOG_LEVEL": "ERROR",
@@ -131,7 +135,7 @@ def _report(settings: DemoSettings, assets: DemoAssets, facts: dict[str, Any]) -
         "hardware": f"{os.cpu_count()} CPU cores, {platform.machine()}, one thread a process",
         "versions": ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "accelerate")),
     }
-    trained = shapes.select(range(settings.num_samples))
+    trained = shapes.select(range(settings.paced().num_samples))
     path, summaries = write_report(settings.output_dir, shapes, trained, facts)
     print_table(summaries, Console(width=max(Console().width, 118)))
     say(f"the same in pictures: {path}")

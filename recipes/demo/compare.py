@@ -97,10 +97,11 @@ def run(
     training.eval_on_start = evaluated
     trainer = finetune_vlm.build_trainer(recipe, training, own)
     trainer.add_callback(collator)
-    trainer.train(ignore_keys_for_eval=finetune_vlm.NOT_LOGITS)
+    ignored = finetune_vlm.outputs_but_logits(own.model)
+    trainer.train(ignore_keys_for_eval=ignored)
     counts = gather_object([(collator.tokens, collator.computed)])
     before = _first_evaluation(trainer.state.log_history) if evaluated else {}
-    after = trainer.evaluate(metric_key_prefix="after", ignore_keys=finetune_vlm.NOT_LOGITS) if evaluated else {}
+    after = trainer.evaluate(metric_key_prefix="after", ignore_keys=ignored) if evaluated else {}
     peaks = gather_object([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024])
     ranks = read_trace(folder / "trace")
     seconds = max(steps[-1]["end_s"] for steps in ranks) - min(steps[0]["begin_s"] for steps in ranks)
@@ -161,6 +162,12 @@ def main() -> None:
         if rank == 0:
             print(f"[demo] measuring {settings.num_calibration} microbatches to fit the cost model", flush=True)
         calibrate(ingredients, settings.num_calibration, path, rank)
+    if rank == 0:
+        settings.paced(Shapes.of_dataset(ingredients.train), CostModel.load(path))
+    torch.distributed.barrier()
+    settings = settings.paced()
+    if rank == 0:
+        print(f"[demo] {settings.num_steps} steps a run, at this machine's pace", flush=True)
     train = ingredients.train.select(range(settings.num_samples))
     ingredients.train = train.add_column("length", settings.lengths(train))
     for round_ in range(settings.num_rounds):

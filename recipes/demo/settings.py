@@ -1,10 +1,11 @@
 """What the demo runs: sizes, arms, and the `TrainingArguments` of each arm."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from hf_dflop.cost import CostModel
 from hf_dflop.shapes import Shapes
 
 __all__ = ["ARMS", "OWN_ARMS", "DemoSettings", "write_whole"]
@@ -12,6 +13,9 @@ __all__ = ["ARMS", "OWN_ARMS", "DemoSettings", "write_whole"]
 ARMS: list[str] = ["stock", "balanced", "packed", "group_by_length", "batch_rebalance"]
 """Trainer's default sampler; with DflopCallback; packed too; and Trainer's two strategies that look at lengths."""
 OWN_ARMS: list[str] = ["balanced", "packed"]
+MIN_STEPS, MAX_STEPS = 3, 6
+_ARM_TO_PACKED = 1.3
+"""Seconds of the mean arm ÷ seconds of the packed one, as measured: padding and waiting."""
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -30,16 +34,40 @@ class DemoSettings:
     num_ranks: int = 2
     batch_size: int = 2
     accumulation: int = 3
-    num_steps: int = 6
+    num_steps: int | None = None
+    """Optimizer steps of each run. None: as many as `budget_s` allows at this machine's pace, `MIN_STEPS` to
+    `MAX_STEPS`; the first measurement decides, and what it decided is kept beside the results."""
+    budget_s: float = 390.0
+    """Seconds that all runs together may take."""
     num_rounds: int = 3
     num_calibration: int = 16
     num_eval_samples: int = 24
     learning_rate: float = 1e-3
 
     @property
+    def samples_per_step(self) -> int:
+        return self.accumulation * self.batch_size * self.num_ranks
+
+    @property
     def num_samples(self) -> int:
         """Training samples: every arm sees each of them once."""
-        return self.num_steps * self.accumulation * self.batch_size * self.num_ranks
+        assert self.num_steps is not None
+        return self.num_steps * self.samples_per_step
+
+    def paced(self, shapes: Shapes | None = None, cost_model: CostModel | None = None) -> "DemoSettings":
+        """These settings with their number of steps: the given or the kept one, or else from the measured costs."""
+        path = self.output_dir / "pace.json"
+        if self.num_steps is not None:
+            return self
+        if not path.exists():
+            assert shapes is not None
+            assert cost_model is not None
+            first = shapes.select(range(min(MAX_STEPS * self.samples_per_step, len(shapes))))
+            # A microbatch's own overhead aside; the other arms are dearer than the packed one.
+            run_s = _ARM_TO_PACKED * cost_model.sample_seconds(first).sum() / self.num_ranks / len(first)
+            run_s *= self.samples_per_step * len(ARMS) * self.num_rounds
+            write_whole(path, json.dumps({"num_steps": max(MIN_STEPS, min(MAX_STEPS, int(self.budget_s / run_s)))}))
+        return replace(self, **json.loads(path.read_text(encoding="utf-8")))
 
     def training_arguments(self, arm: str) -> dict[str, Any]:
         """Keyword arguments for `TrainingArguments`: all arms but for the sampler alike."""

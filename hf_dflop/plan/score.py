@@ -1,0 +1,208 @@
+"""The score of a plan: expected seconds of a step over the workload's batches, and whether it fits.
+
+In: a plan, a workload, a cluster. Out: seconds of each batch, from the simulator's compiled kernel with transfers, the
+bridge, tensor-parallel sums, gradient reduction, fill and drain; bytes of each pipeline rank with its microbatches in
+flight.
+
+Assumptions: those of `stage_seconds` and `step`; microbatches run in the order in which the balancer gives them (the
+run may find a better one). A rank that waits for nothing else is as slow as its own GPU; a pipeline rank as its
+slowest.
+"""
+
+import math
+from collections.abc import Iterator
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+from hf_dflop.plan.cluster import Cluster
+from hf_dflop.plan.compiled import CompiledOrder, compile_schedule, compiled, step_seconds
+from hf_dflop.plan.compose import Composer, Composition
+from hf_dflop.plan.fit_memory import MemoryRule, rank_bytes, static_bytes
+from hf_dflop.plan.order_greedy import greedy_actions
+from hf_dflop.plan.plan import Plan
+from hf_dflop.plan.stage_seconds import StageSeconds, first_backward_stage
+from hf_dflop.plan.step import plan_stage_ranks, step_durations
+from hf_dflop.plan.workload import Workload
+
+__all__ = ["Scorer"]
+
+FloatArray = npt.NDArray[np.float64]
+
+
+class Scorer:
+    """Scores plans on one workload and cluster.
+
+    Args:
+        workload (`Workload`), cluster (`Cluster`): for which.
+        rule (`MemoryRule`): formats, optimizer, margin.
+        wire_bytes (`int`): bytes of a number that is sent.
+    """
+
+    def __init__(self, workload: Workload, cluster: Cluster, rule: MemoryRule, *, wire_bytes: int = 2) -> None:
+        self.workload, self.cluster, self.rule, self.wire_bytes = workload, cluster, rule, wire_bytes
+        self.network = cluster.network
+        self.composer = Composer(workload)
+        self._memory, self._slowdown = cluster.memory(), cluster.slowdown()
+        self.is_mixed = len({group.gpu for group in cluster.groups}) > 1
+        self.num_simulated = 0
+        self.bytes_of = lru_cache(maxsize=65536)(self._bytes_of)
+
+    def seconds(self, plan: Plan, batch: int) -> float:
+        """Seconds of a step with one of the workload's batches."""
+        self.num_simulated += 1
+        stages = self.stages(plan, batch)
+        durations = step_durations(
+            plan,
+            self.workload.cost,
+            stages,
+            communication=self.network,
+            wire_bytes=self.wire_bytes,
+            optimizer_s=self.optimizer_s(plan),
+        )
+        return step_seconds(self.order(plan), durations)
+
+    def composed_bound(self, plan: Plan, batch: int) -> float:
+        """Seconds that no order of these microbatches goes below, if the first one stays the first: for each line, the
+        first microbatch's way to it and all that it computes."""
+        stages = self.stages(plan, batch)
+        ranks = plan_stage_ranks(plan)
+        busy: dict[int, FloatArray] = {}
+        for stage, rank in enumerate(ranks):
+            busy[rank] = busy.get(rank, 0.0) + (stages.forward[stage] + stages.backward[stage]).sum(axis=1)
+        way, found = 0.0, 0.0
+        for stage, rank in enumerate(ranks):
+            if ranks.index(rank) == stage:
+                found = max(found, way + float(busy[rank].max()) if way == 0 else way + float(busy[rank].min()))
+            way += float(stages.forward[stage][:, 0].min())
+        return found
+
+    def all_seconds(self, plan: Plan) -> FloatArray:
+        """Seconds of a step with each batch, `(num_batches,)`."""
+        return np.array([self.seconds(plan, batch) for batch in range(self.workload.num_batches)])
+
+    def order(self, plan: Plan) -> CompiledOrder:
+        """The order of a plan's actions."""
+        arguments = (plan_stage_ranks(plan), plan.num_microbatches, first_backward_stage(plan))
+        if plan.schedule == "1f1b" and plan.placement == "disjoint" and plan.llm.num_chunks == 1:
+            return _one_f_one_b(*arguments)
+        return compile_schedule("1f1b" if plan.placement == "replicated" else plan.schedule, *arguments)
+
+    def composed(self, plan: Plan, batch: int) -> Composition:
+        """The microbatches of a batch under a plan."""
+        own = plan.placement != "disjoint"
+        weight = 0
+        if plan.placement == "replicated":
+            objective = "step" if plan.fsdp_shards == 1 else "stage"
+        elif own:
+            objective = "joined"
+        else:
+            objective = "pipeline"
+            ratio = plan.llm.dp * plan.llm.tp / (plan.vision.dp * plan.vision.tp)
+            ratio *= _largest(plan.vision.layers, plan.vision.pp) / _largest(plan.llm.layers, plan.llm.pp)
+            weight = round(2 * math.log2(ratio))
+        return self.composer.composition(
+            batch,
+            (plan.vision.checkpointing, plan.llm.checkpointing),
+            plan.llm.dp,
+            plan.num_microbatches,
+            objective,
+            weight,
+            plan.balance,
+            plan.vision.dp,
+            own,
+        )
+
+    def stages(self, plan: Plan, batch: int) -> StageSeconds:
+        """Seconds of the microbatches on each stage, on the GPUs that it has."""
+        made = self.composed(plan, batch)
+        forward, backward = [], []
+        slow = self._slow(plan)
+        for stage, layers in enumerate(plan.vision.layers):
+            share = layers / plan.vision.num_layers / plan.vision.tp * slow[stage]
+            forward.append(made.vision[0] * share)
+            backward.append(made.vision[1] * share)
+        for stage, layers in enumerate(plan.llm.layers):
+            factor = slow[plan.vision.num_stages + stage] / plan.llm.tp
+            last = stage == plan.llm.num_stages - 1
+            for way, rows in enumerate((forward, backward)):
+                seconds = made.llm[way] * (layers / plan.llm.num_layers)
+                rows.append((seconds + made.head[way] if last else seconds) * factor)
+        overhead = self.workload.cost.per_microbatch_s / (2 * len(forward))
+        return StageSeconds(
+            forward=[f + overhead for f in forward] if overhead else forward,
+            backward=[b + overhead for b in backward] if overhead else backward,
+            image_tokens=made.image_tokens,
+            llm_tokens=made.tokens,
+            forward_from=made.forward_from,
+            backward_from=made.backward_from,
+        )
+
+    def _slow(self, plan: Plan) -> list[float]:
+        if not self.is_mixed:
+            return [1.0] * (plan.vision.num_stages + plan.llm.num_stages)
+        return [float(self._slowdown[first:last].max()) for first, last in _spans(plan)]
+
+    # ---- memory -------------------------------------------------------------------------------------------------
+
+    def room(self, plan: Plan) -> FloatArray:
+        """Bytes that each pipeline rank may use, `(num_pipeline_ranks,)`: its smallest GPU, less the margin."""
+        if not self.is_mixed:
+            num_ranks = plan.llm.pp + (plan.vision.pp if plan.placement == "disjoint" else 0)
+            return np.full(num_ranks, self._memory[0] * (1 - self.rule.margin) - self.rule.reserve_bytes)
+        ranks = plan_stage_ranks(plan)
+        room = np.full(max(ranks) + 1, np.inf)
+        for rank, (first, last) in zip(ranks, _spans(plan), strict=True):
+            room[rank] = min(room[rank], self._memory[first:last].min())
+        return room * (1 - self.rule.margin) - self.rule.reserve_bytes
+
+    def _bytes_of(self, plan: Plan, composed: bool) -> tuple[float, ...]:
+        """Bytes of each pipeline rank: the most over the batches, or (`composed=False`, quick) at least so many."""
+        batches = range(self.workload.num_batches) if composed else range(0)
+        return rank_bytes(
+            plan,
+            self.workload,
+            self.rule,
+            plan_stage_ranks(plan),
+            self.order(plan),
+            [self.composed(plan, batch) for batch in batches],
+        )
+
+    def fits(self, plan: Plan, *, composed: bool) -> bool:
+        """Whether every rank has room; `composed=False` is quick, and true where the full answer is true."""
+        return bool((np.array(self.bytes_of(plan, composed)) <= self.room(plan)).all())
+
+    def static_need(self, plan: Plan) -> float:
+        """Bytes of weights and optimizer state ÷ room, of the fullest rank."""
+        return float((np.array(static_bytes(plan, self.workload.spec, self.rule)) / self.room(plan)).max())
+
+    def optimizer_s(self, plan: Plan) -> float:
+        """Seconds of the optimizer: it reads and writes all that it holds, on the rank that holds most."""
+        held = self.rule.optimizer_traffic_bytes(plan, self.workload.spec)
+        return held / self.cluster.reference.memory_bytes_per_s
+
+
+@lru_cache(maxsize=4096)
+def _one_f_one_b(stage_rank: tuple[int, ...], num_microbatches: int, first_backward: int) -> CompiledOrder:
+    """1F1B of one stage per rank: list scheduling of equal seconds gives it too, without objects."""
+    seconds = np.broadcast_to(np.array([1.0, 2.0, 1.0, 1.0])[:, None, None], (4, len(stage_rank), num_microbatches))
+    stage, kind, place = greedy_actions(stage_rank, seconds, first_backward_stage=first_backward)
+    return compiled(stage, kind, place, stage_rank, first_backward, np.arange(num_microbatches))
+
+
+def _largest(layers: tuple[int, ...], num_ranks: int) -> float:
+    return max(sum(layers[rank::num_ranks]) for rank in range(num_ranks)) / sum(layers)
+
+
+def _spans(plan: Plan) -> Iterator[tuple[int, int]]:
+    """First and last + 1 rank of the cluster that run each stage, the encoder's stages first."""
+    disjoint = plan.placement == "disjoint"
+    width = plan.vision.tp * plan.vision.dp
+    for stage in range(plan.vision.num_stages):
+        first = stage % plan.vision.pp * width if disjoint else plan.llm_ranks[0]
+        yield first, first + (width if disjoint else plan.llm.tp * plan.llm.dp)
+    start, width = (plan.vision.num_ranks if disjoint else 0), plan.llm.tp * plan.llm.dp
+    for stage in range(plan.llm.num_stages):
+        first = start + stage % plan.llm.pp * width
+        yield first, first + width
