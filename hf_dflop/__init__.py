@@ -4,6 +4,7 @@
     DflopCallback     pass it to `Trainer`, and every rank finishes its step together
     PackedCollator    joins the samples of a microbatch into one row without padding
     PipelineModel     a stock model whose encoder and LLM run on their own ranks, in stages
+    DflopTrainer      `Trainer` over a PipelineModel
     CostModel         shapes → seconds per module
     simulate          what a plan's steps take on a dataset, and why ranks wait
     balance.assign    the partitioner that the callback runs
@@ -22,6 +23,7 @@ _EXPORTS = {
     "DatasetProfile": "hf_dflop.profile",
     "DflopCallback": "hf_dflop.integrations",
     "DflopError": "hf_dflop.errors",
+    "DflopTrainer": "hf_dflop.integrations",
     "ModelSpec": "hf_dflop.cost",
     "Network": "hf_dflop.plan.network",
     "PackedCollator": "hf_dflop.data",
@@ -42,7 +44,7 @@ if TYPE_CHECKING:
     from hf_dflop.cost import CostModel, ModelSpec
     from hf_dflop.data import PackedCollator, VisionLanguageCollator, check_packing
     from hf_dflop.errors import DflopError
-    from hf_dflop.integrations import DflopCallback
+    from hf_dflop.integrations import DflopCallback, DflopTrainer
     from hf_dflop.pipeline import PipelineModel
     from hf_dflop.plan.cluster import Cluster
     from hf_dflop.plan.make_plan import make_plan

@@ -102,7 +102,9 @@ def load_optimizer(pipe: PipelineModel, optimizer: Any, folder: str) -> None:
             places.append(place)
             values = state.get(name, state.get(stand_in.get(name, "")))
             if values is not None:
-                found[place] = {key: value.clone() if torch.is_tensor(value) else value for key, value in values.items()}
+                found[place] = {
+                    key: value.clone() if torch.is_tensor(value) else value for key, value in values.items()
+                }
         packed.append({**options, "params": places})
     plain.load_state_dict({"state": found, "param_groups": packed})
 

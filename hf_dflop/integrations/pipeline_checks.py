@@ -84,9 +84,13 @@ def check_pieces(model: Any, collator: Any, callbacks: Any, **given: Any) -> Non
     if collator is None:
         raise TrainerError("DflopTrainer needs a data_collator: a VisionLanguageCollator or a PackedCollator.")
     if getattr(getattr(collator, "collator", collator), "dummy_image", False):
-        raise TrainerError("dummy_image=True adds rows that no shape column counts; a pipeline needs none: leave it out.")
+        raise TrainerError(
+            "dummy_image=True adds rows that no shape column counts; a pipeline needs none: leave it out."
+        )
     if any(isinstance(callback, DflopCallback) or callback is DflopCallback for callback in callbacks or ()):
-        raise TrainerError("DflopCallback balances data-parallel runs; DflopTrainer balances by its plan: leave it out.")
+        raise TrainerError(
+            "DflopCallback balances data-parallel runs; DflopTrainer balances by its plan: leave it out."
+        )
 
 
 _REMEDIES = {

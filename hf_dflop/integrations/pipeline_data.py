@@ -192,7 +192,10 @@ class SlotRows(Dataset):
         shape = StepShape(
             microbatches=(tuple(self._shape(samples) for samples in slot.samples),), label_tokens=slot.label_tokens
         )
-        text, vision = partial(self._collate, slot, self._collate_text), partial(self._collate, slot, self._collate_vision)
+        text, vision = (
+            partial(self._collate, slot, self._collate_text),
+            partial(self._collate, slot, self._collate_vision),
+        )
         return build_batch(shape, self._topology, self._rank, text, vision)
 
     def _shape(self, samples: Sequence[int]) -> MicrobatchShape:

@@ -75,7 +75,13 @@ class PipelineTrainerMixin:
         seed: int = 0,
         **kwargs: Any,
     ) -> None:
-        refused = ("model_init", "compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics", "peft_config")
+        refused = (
+            "model_init",
+            "compute_loss_func",
+            "compute_metrics",
+            "preprocess_logits_for_metrics",
+            "peft_config",
+        )
         given = {name: kwargs.get(name) for name in refused if name in kwargs}
         if positional:
             raise TrainerError("give DflopTrainer its arguments after data_collator by name.")
@@ -141,7 +147,9 @@ class PipelineTrainerMixin:
                 seed=self._balance_seed,
             )
         rows = SlotRows(dataset, shapes, collator, self.pipe.topology, self.pipe.place.rank)
-        return slot_loader(rows, SlotSampler(sharding, shapes, slots=slots, balancer=balancer), args, training=training)
+        return slot_loader(
+            rows, SlotSampler(sharding, shapes, slots=slots, balancer=balancer), args, training=training
+        )
 
     def _analytic_costs(self) -> CostModel:
         frozen = self.pipe.plan.frozen

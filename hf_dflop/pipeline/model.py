@@ -296,7 +296,9 @@ class PipelineModel(nn.Module):
         if last is not None:
             tokens = sum(count_label_tokens(t["labels"]) for t in batch.text if t is not None and "labels" in t)
         loss, counted = sum_losses(last.losses.values() if last else (), tokens, self.wire.device)
-        return StepResult(loss=loss, label_tokens=counted, logits=last.logits if last else {}, losses=last.losses if last else {})
+        return StepResult(
+            loss=loss, label_tokens=counted, logits=last.logits if last else {}, losses=last.losses if last else {}
+        )
 
     def _agree(self, batch: StepBatch, routes: tuple[Route, ...]) -> None:
         """At the first step, and at the first with images: the format of features; are the stages exact."""

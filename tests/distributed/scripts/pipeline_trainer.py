@@ -43,7 +43,7 @@ def arguments(folder: Path, replicas: int = 1, **settings: Any) -> TrainingArgum
         "disable_tqdm": True,
         "use_cpu": True,
         "remove_unused_columns": False,
-        "ddp_timeout": 20,
+        "ddp_timeout": 60,
     }
     return TrainingArguments(output_dir=str(folder), **(defaults | settings))
 
@@ -103,7 +103,11 @@ def compare(trainer: DflopTrainer, folder: Path, dtype: str, tolerance: float, f
         assert found["epoch"] == wanted["epoch"] and found["learning_rate"] == wanted["learning_rate"]
         errors = {key: abs(found[key] / wanted[key] - 1) for key in ("loss", "grad_norm")}
         # Trainer adds up losses in float32, whatever the model's type is.
-        assert errors["grad_norm"] <= tolerance and errors["loss"] <= max(tolerance, 1e-6), (dtype, wanted["step"], errors)
+        assert errors["grad_norm"] <= tolerance and errors["loss"] <= max(tolerance, 1e-6), (
+            dtype,
+            wanted["step"],
+            errors,
+        )
         worst = max(worst, *errors.values())
     scale = max(float(value.abs().max()) for value in expected["state"].values())
     moved = max(
@@ -124,7 +128,12 @@ def train(folder: Path, layout: pipelines.Layout) -> None:
             print(f"trainer: {layout} {name} {worst:.1e}", flush=True)
     check_saved(trainer, folder / "saved")
     args = arguments(
-        folder / "resumed", layout[2], save_strategy="steps", save_steps=5, save_total_limit=2, dataloader_num_workers=1
+        folder / "resumed",
+        layout[2],
+        save_strategy="steps",
+        save_steps=5,
+        save_total_limit=2,
+        dataloader_num_workers=1,
     )
     whole = make_trainer(layout, args, torch.float32, dropout=0.2)
     whole.train()
@@ -158,27 +167,33 @@ def check_saved(trainer: DflopTrainer, folder: Path) -> None:
         assert float((found - expected).abs().max()) <= 1e-12 * float(expected.abs().max())
 
 
-class Dies(TrainerCallback):
-    """Kills the process, as a crash of the machine would."""
+def kill_self(folder: Path) -> None:
+    """As a crash of the machine would; the time is kept."""
+    (folder / "killed" / "died").touch()
+    os.kill(os.getpid(), signal.SIGKILL)
 
-    def __init__(self, rank: int) -> None:
-        self.rank = rank
+
+class Dies(TrainerCallback):
+    """Kills one rank before its sixth step."""
+
+    def __init__(self, rank: int, folder: Path) -> None:
+        self.rank, self.folder = rank, folder
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 5 and args.process_index == self.rank:
-            os.kill(os.getpid(), signal.SIGKILL)
+            kill_self(self.folder)
 
 
 def die(folder: Path, layout: pipelines.Layout, rank: int, where: str) -> None:
     args = arguments(folder / "killed", layout[2], save_strategy="steps", save_steps=2)
-    callbacks = [Dies(rank)] if where == "forward" else []
+    callbacks = [Dies(rank, folder)] if where == "forward" else []
     trainer = make_trainer(layout, args, torch.float32, callbacks=callbacks)
     if where == "save":
         write = trainer._save_rng_state
 
         def torn(output_dir: str) -> None:
             if trainer.state.global_step == 6 and args.process_index == rank:
-                os.kill(os.getpid(), signal.SIGKILL)
+                kill_self(folder)
             write(output_dir)
 
         trainer._save_rng_state = torn  # type: ignore[method-assign]
