@@ -54,6 +54,7 @@ def assign(
     patches: Any = None,
     max_patches: int | None = None,
     spread: Any = None,
+    oversize: str = "error",
     seed: int = 0,
     proposals: int | None = None,
 ) -> Assignment:
@@ -80,6 +81,9 @@ def assign(
             `(num_samples,)` booleans, such as "has an image": every microbatch gets at least one such sample, so that
             all ranks run the same modules. Left out of account where the step has fewer of them than microbatches,
             or where the caps leave no room for it; `Assignment.is_spread` tells.
+        oversize (`str`, *optional*, defaults to `"error"`):
+            What becomes of a sample that is above a cap by itself: an error, or `"alone"`: it gets a microbatch of
+            its own, which exceeds the cap by what the sample does.
         seed (`int`, *optional*, defaults to 0): seed of the search, such as the step's number.
         proposals (`int`, *optional*): changes that the search tries at most; by default it grows with the samples.
 
@@ -90,7 +94,7 @@ def assign(
     Raises:
         BalanceError: arrays that are not usable, too few samples, a baseline that is no partition of them, a sample
             above a cap, or caps that no assignment was found to satisfy.
-        ValueError: an unknown objective.
+        ValueError: an unknown objective or `oversize`.
 
     Example:
         Two ranks, one microbatch each, packed: 3 + 1 and 2 + 2 seconds.
@@ -111,6 +115,7 @@ def assign(
         patches=patches,
         max_patches=max_patches,
         spread=spread,
+        oversize=oversize,
     )
     bound = step_bound_ticks(problem)
     limit = min(PROPOSALS_PER_SAMPLE * problem.num_samples, MAX_PROPOSALS) if proposals is None else proposals

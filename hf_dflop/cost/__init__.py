@@ -15,7 +15,9 @@ from hf_dflop.cost.flops import (
 )
 from hf_dflop.cost.memory import MemorySettings, MicrobatchCounts, StageLayers, StageMemory, stage_memory
 from hf_dflop.cost.model import CostModel, Observation, Rates
+from hf_dflop.cost.model_profile import ModelProfile
 from hf_dflop.cost.parameters import parameter_counts
+from hf_dflop.cost.part_seconds import PartCosts, PartSeconds
 from hf_dflop.cost.parts import PARTS, part_states
 from hf_dflop.cost.spec import ConnectorSpec, ModelSpec, TransformerSpec
 
@@ -26,10 +28,13 @@ __all__ = [
     "FitError",
     "MemorySettings",
     "MicrobatchCounts",
+    "ModelProfile",
     "ModelSpec",
     "ModuleFlops",
     "Observation",
+    "PartCosts",
     "PartMemory",
+    "PartSeconds",
     "Rates",
     "StageLayers",
     "StageMemory",

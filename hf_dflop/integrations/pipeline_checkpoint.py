@@ -1,4 +1,4 @@
-"""The checkpoint of a pipeline's training: stock weights, optimizer state by parameter name, in a folder that appears whole.
+"""The checkpoint of a pipeline's training: stock weights, optimizer state by name, in a folder that appears whole.
 
 In: a `PipelineModel`, its optimizer. Out: files in a folder that gets its name last, so that the newest
 `checkpoint-N` is complete whenever a process dies. Optimizer state lies under the stock parameter names, one file per

@@ -43,7 +43,7 @@ def checkpoint_layers(model: nn.Module, structure: Structure, *, vision: bool, l
         wanted = llm if name.startswith(structure.decoder + ".") else vision
         if wanted and isinstance(module, GradientCheckpointingLayer):
             module.gradient_checkpointing = True
-            module._gradient_checkpointing_func = function  # type: ignore[assignment]
+            module._gradient_checkpointing_func = function
 
 
 def is_reentrant(model: nn.Module) -> bool:

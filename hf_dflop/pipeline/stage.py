@@ -130,7 +130,7 @@ class RaggedStage(_PipelineStageBase):
         while self._pending:
             self._wait_oldest()
         for kept in (self._received, self._grads, self._input_grads, self._saved, self._weights):
-            kept.clear()  # type: ignore[attr-defined]
+            kept.clear()
         del self.step
 
     def shape_of(self, microbatch: int) -> MicrobatchShape:

@@ -15,6 +15,7 @@ from hf_dflop.data import VisionLanguageCollator
 from hf_dflop.pipeline import MicrobatchShape, PipelineModel, StepBatch, StepShape, build_batch
 from hf_dflop.plan import ModulePlan, Plan
 from tests.unit.data import families
+from tests.unit.rows import tiny
 
 FLOOR = 1e-3
 """Gradients are compared relative to their own largest entry, but not to less than this share of the model's largest:
@@ -25,16 +26,55 @@ Cells = list[list[dict[str, Any]]]
 """Cells of a global batch: each is one microbatch of one replica."""
 
 
+FAMILIES = {
+    **families.FAMILIES,
+    "llava_next": tiny.llava_next,
+    "llava_granite": tiny.llava,  # scales what it takes for embeddings
+    "qwen3_vl_moe": tiny.qwen3_vl,
+}
+
+
 @functools.cache
 def collator(family: str) -> Any:
-    return VisionLanguageCollator(families.FAMILIES[family]())
+    return VisionLanguageCollator(FAMILIES[family]())
+
+
+def _config(family: str) -> Any:
+    import transformers as tf
+
+    processor = collator(family).processor
+    if family == "llava_next":
+        like = families.config_of("llava", processor)
+        return tf.LlavaNextConfig(
+            vision_config=like.vision_config.to_dict(),
+            text_config=like.text_config.to_dict(),
+            image_token_index=processor.tokenizer.convert_tokens_to_ids("<image>"),
+            image_grid_pinpoints=processor.image_processor.image_grid_pinpoints,
+            vision_feature_layer=-1,
+        )
+    if family == "llava_granite":
+        config = families.config_of("llava", processor)
+        scales = {"embedding_multiplier": 3.0, "residual_multiplier": 0.7, "logits_scaling": 2.0}
+        config.text_config = tf.GraniteConfig(**families.TEXT, **scales)
+        return config
+    if family == "qwen3_vl_moe":
+        like = families.config_of("qwen3_vl", processor)
+        experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "mlp_only_layers": [1]}
+        text = {**families.TEXT, "head_dim": 8, "rope_parameters": families.MROPE, **experts}
+        return tf.Qwen3VLMoeConfig(
+            vision_config=like.vision_config.to_dict() | {"model_type": "qwen3_vl_moe_vision"},
+            text_config=text,
+            image_token_id=like.image_token_id,
+            vision_start_token_id=like.vision_start_token_id,
+        )
+    return families.config_of(family, processor)
 
 
 @functools.cache
 def _master(family: str, dtype: torch.dtype, layers: int, tied: bool, deepstack: int) -> Any:
     import transformers as tf
 
-    config = families.config_of(family, collator(family).processor)
+    config = _config(family)
     text = config.get_text_config()
     text.num_hidden_layers = layers
     if getattr(text, "layer_types", None):
@@ -92,7 +132,7 @@ def cells_of(family: str, *, text_only: bool = False) -> Cells:
     pictures = [row for row in rows if row.get("images") or row.get("image")]
     words = [row for row in rows if row not in pictures]
     if text_only:
-        pictures = words
+        pictures = words * 2
     long, other, short = pictures[0], pictures[-2], pictures[-1]
     text = words[0] if words else pictures[1]
     return [[long, text], [short], [text], [], [other], [short, long, text], [text, text], [other, short]]
@@ -157,7 +197,8 @@ def stock_gradients(
     for rows in cells:
         if rows:
             loss = built(**collate(rows), num_items_in_batch=torch.tensor(label_tokens)).loss
-            loss.backward()
+            if loss.requires_grad:  # text alone through a frozen LLM: nothing learns
+                loss.backward()
             total += float(loss.detach())
     return total, {
         n: None if p.grad is None else p.grad.clone() for n, p in built.named_parameters(remove_duplicate=False)
@@ -194,12 +235,23 @@ def covered(pipe: PipelineModel) -> bool:
     return set(pipe.stock_names) <= {name for rank in names for name in rank}
 
 
+def keep_float64() -> None:
+    """Let `.float()` keep float64: models compute norms and the loss through it in float32, whatever their type.
+
+    What is summed over samples in float32 (the weight of Gemma's norm) depends on their grouping by 1e-8 or so, which
+    would hide what a float64 run is to show. The stock run is under it too.
+    """
+    stock = torch.Tensor.float
+    torch.Tensor.float = lambda self, *a, **k: self if self.dtype == torch.float64 else stock(self, *a, **k)
+
+
 class Worlds:
     """Worlds of the first n launched processes, one after the other."""
 
     def __init__(self, timeout_s: float = 60) -> None:
         self.timeout_s = timeout_s
         torch.set_num_threads(1)
+        keep_float64()
         self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         self.store = dist.TCPStore(
             os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, wait_for_workers=False

@@ -12,7 +12,6 @@ import torch
 
 from hf_dflop.pipeline import PipelineModel
 from tests.distributed import pipelines as p
-from tests.unit.data.families import FAMILIES
 
 LAYOUTS = [(1, 1, 1), (1, 1, 2), (1, 2, 1), (2, 1, 1), (2, 2, 1), (1, 2, 2), (3, 1, 2)]
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
@@ -50,9 +49,9 @@ def jobs() -> list[tuple[str, list[p.Layout], torch.dtype, bool]]:
     """Family, layouts, type, tied embeddings."""
     if sys.argv[1] == "suite":
         whole = [("llava", LAYOUTS, torch.float64, True), ("qwen3_vl", LAYOUTS, torch.float64, False)]
-        short = [(f, [(3, 1, 2), (1, 2, 1)][i % 2 :][:1], torch.float64, False) for i, f in enumerate(FAMILIES)]
+        short = [(f, [(3, 1, 2), (1, 2, 1)][i % 2 :][:1], torch.float64, False) for i, f in enumerate(p.FAMILIES)]
         return whole + [job for job in short if job[0] not in ("llava", "qwen3_vl")]
-    names = list(FAMILIES) if sys.argv[1] == "all" else sys.argv[1].split(",")
+    names = list(p.FAMILIES) if sys.argv[1] == "all" else sys.argv[1].split(",")
     layouts = LAYOUTS if sys.argv[2] == "all" else [tuple(map(int, x.split(","))) for x in sys.argv[2].split(";")]
     return [(name, layouts, getattr(torch, sys.argv[3]), False) for name in names]  # type: ignore[misc]
 

@@ -39,13 +39,13 @@ def test_every_row_arrives_once_and_in_order(num_encoders: int, num_replicas: in
         ]
         (route,) = route_step(step(sizes), num_encoders)
         names = {(d, i): [(d, i, r) for r in range(n)] for d, s in enumerate(sizes) for i, n in enumerate(s)}
-        encoded = [sum((names[sample] for sample in samples), []) for samples in route.samples]
+        encoded = [[row for sample in samples for row in names[sample]] for samples in route.samples]
         assert tuple(map(len, encoded)) == route.encoder_rows
         arrived: list[list] = [[None] * sum(s) for s in sizes]
         for piece in route.pieces:
             rows = encoded[piece.encoder][piece.source : piece.source + piece.rows]
             arrived[piece.llm][piece.target : piece.target + piece.rows] = rows
-        assert arrived == [sum((names[d, i] for i in range(len(s))), []) for d, s in enumerate(sizes)]
+        assert arrived == [[row for i in range(len(s)) for row in names[d, i]] for d, s in enumerate(sizes)]
         assert [(p.encoder, p.llm) for p in route.pieces] == sorted({(p.encoder, p.llm) for p in route.pieces})
 
 
