@@ -75,8 +75,8 @@ def load_optimizer(pipe: PipelineModel, optimizer: Any, folder: str) -> None:
     files = sorted(Path(folder).glob(_FILE.format(column="*")))
     if not files:
         raise TrainerError(
-            f"{folder} has no {_FILE.format(column='N')}: no pipeline wrote its optimizer. Resume from a checkpoint of "
-            "DflopTrainer that was saved with save_only_model=False."
+            f"{folder} has no {_FILE.format(column='N')}: no pipeline wrote its optimizer. Resume from a checkpoint "
+            "of DflopTrainer that was saved with save_only_model=False."
         )
     state: dict[str, Any] = {}
     for file in files:

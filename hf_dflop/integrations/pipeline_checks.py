@@ -60,7 +60,8 @@ def check_arguments(args: Any, pipe: PipelineModel) -> None:
     if wanted not in (None, found):
         raise TrainerError(
             f"the plan's global_batch_size is {wanted}; per_device_train_batch_size={args.train_batch_size} × "
-            f"gradient_accumulation_steps={args.gradient_accumulation_steps} × {pipe.plan.llm.dp} replicas make {found}."
+            f"gradient_accumulation_steps={args.gradient_accumulation_steps} × {pipe.plan.llm.dp} replicas make "
+            f"{found}."
         )
 
 

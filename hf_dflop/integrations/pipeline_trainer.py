@@ -173,7 +173,7 @@ class PipelineTrainerMixin:
         self._slots, self._slots_left = [], len(slots)
         return slots, None
 
-    # A step -------------------------------------------------------------------------------------------------------------
+    # A step ---------------------------------------------------------------------------------------------------------
 
     def training_step(self, model: Any, inputs: StepBatch, num_items_in_batch: Any = None) -> torch.Tensor:
         """Keep a slot; at the last one of a call, run them all. Returns the call's share of the step's loss, or 0."""
