@@ -6,6 +6,7 @@
     PackedCollator    joins the samples of a microbatch into one row without padding
     measure_model     what a model's parts take on this machine
     PipelineModel     a stock model whose encoder and LLM run on their own ranks, in stages
+    DflopTrainer      `Trainer` over a PipelineModel
     CostModel         shapes → seconds per module
     simulate          what a plan's steps take on a dataset, and why ranks wait
     balance.assign    the partitioner that the callback runs
@@ -25,6 +26,7 @@ _EXPORTS = {
     "DatasetProfile": "hf_dflop.profile",
     "DflopCallback": "hf_dflop.integrations",
     "DflopError": "hf_dflop.errors",
+    "DflopTrainer": "hf_dflop.integrations",
     "ModelProfile": "hf_dflop.cost",
     "ModelSpec": "hf_dflop.cost",
     "Network": "hf_dflop.plan.network",
@@ -47,7 +49,7 @@ if TYPE_CHECKING:
     from hf_dflop.cost import CostModel, ModelProfile, ModelSpec
     from hf_dflop.data import BalancedStream, PackedCollator, VisionLanguageCollator, check_packing
     from hf_dflop.errors import DflopError
-    from hf_dflop.integrations import DflopCallback
+    from hf_dflop.integrations import DflopCallback, DflopTrainer
     from hf_dflop.pipeline import PipelineModel
     from hf_dflop.plan.cluster import Cluster
     from hf_dflop.plan.make_plan import make_plan

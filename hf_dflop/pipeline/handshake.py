@@ -93,7 +93,8 @@ def agree_on_stages(
         try:
             inputs = batch.text[microbatch]
             assert inputs is not None
-            check(inputs, batch.shape.microbatches[microbatch][replica].num_features, form)
+            with torch.random.fork_rng([]):  # building a model draws numbers; a resumed run must not see it
+                check(inputs, batch.shape.microbatches[microbatch][replica].num_features, form)
         except ModelError as error:
             told = [str(error)]
     dist.broadcast_object_list(told, src=source)

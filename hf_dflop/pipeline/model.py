@@ -9,7 +9,7 @@ same weights on all ranks (checked where ranks hold the same layers).
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -51,6 +51,8 @@ class StepResult:
     """Label tokens of the call, counted in the labels themselves."""
     logits: dict[int, torch.Tensor]
     """Microbatch -> logits of this replica, on ranks of the last stage, if they were asked for."""
+    losses: dict[int, torch.Tensor] = field(default_factory=dict)
+    """Microbatch -> this replica's share of `loss`, on ranks of the last stage."""
 
 
 class PipelineModel(nn.Module):
@@ -294,7 +296,9 @@ class PipelineModel(nn.Module):
         if last is not None:
             tokens = sum(count_label_tokens(t["labels"]) for t in batch.text if t is not None and "labels" in t)
         loss, counted = sum_losses(last.losses.values() if last else (), tokens, self.wire.device)
-        return StepResult(loss=loss, label_tokens=counted, logits=last.logits if last else {})
+        return StepResult(
+            loss=loss, label_tokens=counted, logits=last.logits if last else {}, losses=last.losses if last else {}
+        )
 
     def _agree(self, batch: StepBatch, routes: tuple[Route, ...]) -> None:
         """At the first step, and at the first with images: the format of features; are the stages exact."""
