@@ -2,17 +2,20 @@
 #   make demo     the main job on real data: stock against balanced, ends with a table and report.html
 #   make test     the test suite
 #   make quality  formatting, lint, types, import contracts
+#   make bench    every benchmark (about half an hour), then docs/benchmarks.md; bench-smoke: two minutes, ratios alone
 PYTHON ?= python3
 VENV ?= .venv
 # Installed first and alone, so that no other requirement chooses a different build of it.
 TORCH ?= torch==2.13.0
 OUT ?= out/demo
+# Processes that the tests are shared out to.
+WORKERS ?= 2
 BIN := $(VENV)/bin
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help setup demo test quality format clean
+.PHONY: help setup demo test quality bench bench-smoke format clean
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -5
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -6
 
 setup: $(VENV)/.ready
 
@@ -33,13 +36,20 @@ demo: setup
 	@$(BIN)/python -m recipes.demo --output-dir $(OUT)
 
 test: setup
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 
 quality: setup
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
+
+bench: setup
+	@$(BIN)/python -m pip install --quiet --editable ".[bench]" 2>&1 | grep -v '^WARNING: Location' || true
+	@OMP_NUM_THREADS=1 $(BIN)/python -m recipes.benchmarks run
+
+bench-smoke: setup
+	@OMP_NUM_THREADS=1 $(BIN)/python -m recipes.benchmarks smoke
 
 format: setup
 	@$(BIN)/ruff format .

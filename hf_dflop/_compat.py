@@ -8,7 +8,13 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-__all__ = ["calling_trainer", "replace_batch_sampler", "uses_stateful_dataloader"]
+__all__ = [
+    "calling_trainer",
+    "replace_batch_sampler",
+    "replace_collator",
+    "replace_stream",
+    "uses_stateful_dataloader",
+]
 
 
 def calling_trainer() -> Any | None:
@@ -37,6 +43,29 @@ def replace_batch_sampler(dataloader: Any, batch_sampler: Any) -> None:
     """
     base = getattr(dataloader, "base_dataloader", dataloader)
     object.__setattr__(base, "batch_sampler", batch_sampler)
+
+
+def replace_collator(dataloader: Any, old: Any, new: Any) -> None:
+    """Put `new` in the place of the collator `old`, also where Trainer has wrapped it to drop columns."""
+    base = getattr(dataloader, "base_dataloader", dataloader)
+    if base.collate_fn is old:
+        object.__setattr__(base, "collate_fn", new)
+    elif getattr(base.collate_fn, "data_collator", None) is old:
+        base.collate_fn.data_collator = new
+
+
+def replace_stream(dataloader: Any, stream: Any, collate: Any) -> None:
+    """Make a prepared dataloader over a stream take whole microbatches from `stream`, before its first iterator.
+
+    Without a batch size, a `DataLoader` hands what the dataset yields to the collator as it is; accelerate's
+    `skip_first_batches` builds its new dataloader from the same three attributes.
+    """
+    base = getattr(dataloader, "base_dataloader", dataloader)
+    for name, value in (
+        ("dataset", stream), ("batch_size", None), ("drop_last", False), ("batch_sampler", None),
+        ("collate_fn", collate),
+    ):  # fmt: skip
+        object.__setattr__(base, name, value)
 
 
 def uses_stateful_dataloader(dataloader: Any) -> bool:

@@ -3,7 +3,8 @@
     Exception
     └── DflopError
         ├── DatasetError(ValueError)      a row, a column or an image of the dataset is not usable
-        │   └── ShapeMismatchError        annotated shapes differ from what the processor really gives
+        │   ├── ShapeMismatchError        annotated shapes differ from what the processor really gives
+        │   └── StreamError               a stream broke while it was read, such as when the connection was lost
         ├── ProcessorError(ValueError)    the processor cannot count tokens from image sizes
         ├── ModelError(ValueError)        the model has no vision encoder, or its structure is not understood
         ├── BalanceError(ValueError)      costs, caps or bucket counts that no assignment can satisfy
@@ -24,6 +25,10 @@ class DatasetError(DflopError, ValueError):
 
 class ShapeMismatchError(DatasetError):
     """The annotated shapes of a sample differ from what the processor really gives for it."""
+
+
+class StreamError(DatasetError):
+    """A stream broke while it was read."""
 
 
 class ProcessorError(DflopError, ValueError):

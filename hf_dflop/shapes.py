@@ -7,6 +7,7 @@ Assumptions: a sample's images and text are joined into one LLM sequence; the en
 *tile* at a time (one encoder attention sequence: a crop, or a whole image; a windowed encoder's tile is the image).
 """
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -71,6 +72,13 @@ class Shapes:
     def llm_tokens(self) -> npt.NDArray[np.int64]:
         """LLM sequence length of each sample, `(num_samples,)`."""
         return self.image_tokens + self.text_tokens
+
+    def fingerprint(self) -> str:
+        """Hash of all counts, in order: equal for the same samples in the same order."""
+        digest = hashlib.sha256()
+        for field in fields(self):
+            digest.update(getattr(self, field.name).astype("<i8").tobytes())
+        return digest.hexdigest()[:16]
 
     def select(self, indices: Sequence[int] | npt.NDArray[np.integer]) -> "Shapes":
         """The shapes of the samples `indices`, in that order."""

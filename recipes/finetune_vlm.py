@@ -134,24 +134,6 @@ def prepare(recipe: RecipeArguments, training: TrainingArguments) -> Ingredients
     )
 
 
-class PaddedEvaluationTrainer(Trainer):
-    """A `Trainer` that joins samples in training only.
-
-    An evaluation gathers predictions row by row, and drops the rows that fill the last batch: rows must be samples.
-    """
-
-    data_collator: Any
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        joining = self.data_collator
-        if isinstance(joining, hf_dflop.PackedCollator):
-            self.data_collator = joining.collator
-        try:
-            return super().get_eval_dataloader(eval_dataset)
-        finally:
-            self.data_collator = joining
-
-
 def build_trainer(recipe: RecipeArguments, training: TrainingArguments, ingredients: Ingredients) -> Trainer:
     """A `Trainer` as it comes, but for the callback and, with packing, the collator of the training."""
     cost_model = CostModel.load(recipe.cost_model) if recipe.cost_model is not None else None
@@ -161,7 +143,7 @@ def build_trainer(recipe: RecipeArguments, training: TrainingArguments, ingredie
     collator: Any = ingredients.collator
     if recipe.packing == "on":
         collator = hf_dflop.PackedCollator(collator, ingredients.model)
-    return PaddedEvaluationTrainer(
+    return Trainer(
         model=ingredients.model,
         args=training,
         train_dataset=ingredients.train,

@@ -11,6 +11,7 @@ from hf_dflop.balance.exact import exact_partition
 from hf_dflop.balance.objective import OBJECTIVES
 from hf_dflop.balance.partition import Partition, partition
 from hf_dflop.balance.warmup import warm_up
+from hf_dflop.balance.window import pair_giants
 
 __all__ = [
     "OBJECTIVES",
@@ -19,6 +20,7 @@ __all__ = [
     "assign",
     "exact_partition",
     "lower_bound",
+    "pair_giants",
     "partition",
     "warm_up",
 ]

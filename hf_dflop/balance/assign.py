@@ -55,6 +55,7 @@ def assign(
     max_patches: int | None = None,
     spread: Any = None,
     rank_speeds: Any = None,
+    oversize: str = "error",
     seed: int = 0,
     proposals: int | None = None,
 ) -> Assignment:
@@ -84,6 +85,9 @@ def assign(
         rank_speeds (`npt.ArrayLike`, *optional*):
             `(num_ranks,)` relative speeds > 0. Costs hold for the fastest rank; a slower one gets less work, so that
             all end together.
+        oversize (`str`, *optional*, defaults to `"error"`):
+            What becomes of a sample that is above a cap by itself: an error, or `"alone"`: it gets a microbatch of
+            its own, which exceeds the cap by what the sample does.
         seed (`int`, *optional*, defaults to 0): seed of the search, such as the step's number.
         proposals (`int`, *optional*): changes that the search tries at most; by default it grows with the samples.
 
@@ -94,7 +98,7 @@ def assign(
     Raises:
         BalanceError: arrays that are not usable, too few samples, a baseline that is no partition of them, a sample
             above a cap, or caps that no assignment was found to satisfy.
-        ValueError: an unknown objective.
+        ValueError: an unknown objective or `oversize`.
 
     Example:
         Two ranks, one microbatch each, packed: 3 + 1 and 2 + 2 seconds.
@@ -116,6 +120,7 @@ def assign(
         max_patches=max_patches,
         spread=spread,
         rank_speeds=rank_speeds,
+        oversize=oversize,
     )
     bound = step_bound_ticks(problem)
     limit = min(PROPOSALS_PER_SAMPLE * problem.num_samples, MAX_PROPOSALS) if proposals is None else proposals

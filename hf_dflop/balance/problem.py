@@ -11,10 +11,13 @@ from hf_dflop.balance.objective import objective_code
 from hf_dflop.balance.ticks import checked_seconds, to_ticks
 from hf_dflop.errors import BalanceError
 
-__all__ = ["SLOWNESS_BITS", "Problem", "checked_problem"]
+__all__ = ["OVERSIZE", "SLOWNESS_BITS", "Problem", "checked_problem"]
 
 SLOWNESS_BITS = 10
 """Slowness is counted in 2**-SLOWNESS_BITS, so that times stay whole numbers."""
+
+OVERSIZE = ("error", "alone")
+"""What becomes of a sample above a cap."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -101,9 +104,12 @@ def checked_problem(
     max_patches: int | None,
     spread: Any,
     rank_speeds: Any = None,
+    oversize: str = "error",
 ) -> Problem:
     """Check the arguments of `assign` and turn seconds into ticks; raises as `assign` does."""
     code = objective_code(objective)
+    if oversize not in OVERSIZE:
+        raise ValueError(f"unknown oversize {oversize!r}; choose one of {', '.join(map(repr, OVERSIZE))}")
     if num_ranks < 1 or num_slots < 1:
         raise BalanceError(f"num_ranks={num_ranks} and num_slots={num_slots}; both must be at least 1")
     vision = checked_seconds(vision_s, "vision_s")
@@ -126,6 +132,7 @@ def checked_problem(
     columns: list[npt.NDArray[np.int64]] = []
     caps: list[int] = []
     names: list[str] = []
+    alone = np.zeros(n, dtype=np.bool_)
     for column, (name, counts, cap) in enumerate([("tokens", tokens, max_tokens), ("patches", patches, max_patches)]):
         if counts is not None:
             memory[:, column] = checked_counts(counts, name, n)
@@ -135,14 +142,21 @@ def checked_problem(
             raise BalanceError(f"max_{name}={cap} was given without {name}; give the {name} of each sample too")
         whole = memory[:, column].copy()
         worst = int(whole.argmax())
-        if whole[worst] > cap:
+        if whole[worst] > cap and oversize == "error":
             raise BalanceError(
                 f"sample {worst} has {whole[worst]} {name}, above max_{name}={cap} per microbatch: no microbatch can "
-                f"hold it. Raise max_{name} to at least {whole[worst]}, or shorten or drop the sample."
+                f"hold it. Raise max_{name} to at least {whole[worst]}, shorten or drop the sample, or let it run in "
+                'a microbatch of its own with oversize="alone".'
             )
+        alone |= whole > cap
+        whole = np.minimum(whole, cap)
         columns.append(whole)
         caps.append(int(cap))
         names.append(name)
+    if alone.any():  # a microbatch that holds one of them is full, so that nothing joins it
+        columns.append(np.where(alone, n, 1))
+        caps.append(n)
+        names.append("samples")
     return Problem(
         vision=vision_ticks,
         llm=llm_ticks,

@@ -4,6 +4,7 @@ import sys
 
 import typer
 
+from hf_dflop.cli.measure import measure
 from hf_dflop.cli.plan import plan
 from hf_dflop.cli.profile import merge, profile
 from hf_dflop.cli.report import report
@@ -23,6 +24,7 @@ app = typer.Typer(
 app.command()(profile)
 app.command()(merge)
 app.command()(report)
+app.command()(measure)
 app.command()(plan)
 app.command()(simulate)
 

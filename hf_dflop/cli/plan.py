@@ -194,16 +194,17 @@ def _table(planning: "Planning") -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from hf_dflop.plan.explain import seconds_text
     from hf_dflop.plan.make_plan import describe_layout
 
     table = Table(title="Plans", title_justify="left")
-    for name in ("step s", "95 % below", "waits", "GiB", "layout"):
+    for name in ("step", "95 % below", "waits", "GiB", "layout"):
         table.add_column(name, justify="left" if name == "layout" else "right", overflow="fold")
     rows = [(planning.plan, planning.score), *((other, score) for _, other, score in planning.rivals)]
     for other, score in rows[:10]:
         table.add_row(
-            f"{score.mean_s:.3f}",
-            f"{score.p95_s:.3f}",
+            seconds_text(score.mean_s),
+            seconds_text(score.p95_s),
             f"{score.idle_fraction:.0%}",
             f"{score.peak_bytes / 2**30:.1f}",
             describe_layout(other),

@@ -1,6 +1,7 @@
 """`hf-dflop profile`: annotate a dataset for a model, print a summary, write the report. `merge`: join its parts."""
 
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -71,6 +72,10 @@ def profile(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder for profile.json, figures and report.html.")
     ] = None,
+    ranks: Annotated[
+        list[int] | None,
+        typer.Option(min=2, help="GPUs for which the report predicts waiting, again for each number. [2, 8, 64]"),
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object to stdout, and nothing else.")
     ] = False,
@@ -84,6 +89,9 @@ def profile(
 
     `hf-dflop profile HuggingFaceM4/the_cauldron --name ai2d -p HuggingFaceTB/SmolVLM-256M-Instruct -o out`
 
+    `torchrun --nproc-per-node 8 -m hf_dflop.cli profile ./rows -p HuggingFaceTB/SmolVLM-256M-Instruct -o out`
+    counts a part in each process (under `accelerate launch`, too); `hf-dflop merge out/part-* -o out` joins them.
+
     `hf-dflop profile ./my_photos -p Qwen/Qwen2.5-VL-3B-Instruct --on-error skip --json > profile.json`
     """
     _quiet(as_json)
@@ -93,6 +101,11 @@ def profile(
         raise DatasetError(f"--output {output} is a file; name a folder")
     if shard is not None and max_samples is not None:
         raise DatasetError("--shard and --max-samples do not go together; pass one of them")
+    counted = _shard(shard) or _rank()
+    if counted is not None and (streaming or max_samples is not None):
+        raise DatasetError("a dataset is counted in parts as a whole; leave out --streaming and --max-samples")
+    if shard is None and counted is not None and output is not None:
+        output = output / f"part-{counted[0]:05}-of-{counted[1]:05}"
     annotated, found = profile_dataset(
         dataset,
         processor,
@@ -107,13 +120,13 @@ def profile(
         max_samples=max_samples,
         sample=sample.value,
         streaming=streaming,
-        shard=_shard(shard),
+        shard=counted,
     )
     parts = (
         {key: (annotated[key], found[key]) for key in found} if isinstance(found, dict) else {"": (annotated, found)}
     )
     if output is not None:
-        _save(parts, output)
+        _save(parts, output, ranks)
     if as_json:
         described = {key: _describe(part) for key, (_, part) in parts.items()}
         print(json.dumps(described.get("", {"splits": described})))
@@ -156,6 +169,14 @@ def _shard(text: str | None) -> tuple[int, int] | None:
     return int(part), int(num_parts)
 
 
+def _rank() -> tuple[int, int] | None:
+    """This process and the number of all, where torchrun or accelerate launched several."""
+    rank, num_ranks = os.environ.get("RANK", ""), os.environ.get("WORLD_SIZE", "")
+    if not (rank.isdigit() and num_ranks.isdigit() and int(num_ranks) > 1):
+        return None
+    return int(rank), int(num_ranks)
+
+
 def _quiet(as_json: bool) -> None:
     """Progress bars only where someone watches."""
     import datasets
@@ -166,12 +187,12 @@ def _quiet(as_json: bool) -> None:
     transformers.logging.set_verbosity_error()
 
 
-def _save(parts: dict[str, tuple[Any, "DatasetProfile"]], output: Path) -> None:
+def _save(parts: dict[str, tuple[Any, "DatasetProfile"]], output: Path, ranks: list[int] | None = None) -> None:
     """Write everything beside the folder first, so that a failure leaves nothing half-written."""
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as unfinished:
         for key, (data, part) in parts.items():
-            part.save(Path(unfinished) / key, dataset=data)
+            part.save(Path(unfinished) / key, dataset=data, ranks=ranks or None)
         shutil.copytree(unfinished, output, dirs_exist_ok=True)
 
 

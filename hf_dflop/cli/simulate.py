@@ -27,10 +27,16 @@ def simulate(
     cost_model: Annotated[
         Path | None, typer.Option(help="Measured costs (JSON); without it, FLOPs at the speeds below.")
     ] = None,
-    vision_tflops: Annotated[float, typer.Option(help="Achieved TFLOP/s of a GPU in the encoder.")] = 150.0,
-    llm_tflops: Annotated[float, typer.Option(help="Achieved TFLOP/s of a GPU in the LLM.")] = 250.0,
+    vision_tflops: Annotated[
+        float | None,
+        typer.Option(help="Achieved TFLOP/s of a GPU in the encoder; that of the plan's cluster, or 150."),
+    ] = None,
+    llm_tflops: Annotated[
+        float | None, typer.Option(help="Achieved TFLOP/s of a GPU in the LLM; that of the plan's cluster, or 250.")
+    ] = None,
     intra_gbytes: Annotated[
-        float | None, typer.Option(help="GB/s between GPUs of a node; without it nothing that is sent takes time.")
+        float | None,
+        typer.Option(help="GB/s between GPUs of a node; without it and a cluster in the plan, sending takes no time."),
     ] = None,
     inter_gbytes: Annotated[
         float | None, typer.Option(help="GB/s between GPUs of different nodes; by default as inside.")
@@ -70,6 +76,7 @@ def simulate(
 
     `hf-dflop simulate --plan plan.json --profile out --against run/trace --save-calibration`
     """
+    from hf_dflop.plan.cluster import Cluster
     from hf_dflop.plan.compare_run import compare_run
     from hf_dflop.plan.page import timeline_page
     from hf_dflop.plan.plan import Plan
@@ -87,8 +94,12 @@ def simulate(
             raise PlanError(f"{path} cannot be written: it is a folder, or its folder is not there.")
     layout = Plan.load(plan)
     found = DatasetProfile.load(profile)
-    cost = _cost(found, cost_model, vision_tflops, llm_tflops)
+    planned = Cluster.from_dict(layout.expected["cluster"]) if "cluster" in layout.expected else None
+    reached = planned.reference.flops_per_s / 1e12 if planned is not None else None
+    cost = _cost(found, cost_model, vision_tflops or reached or 150.0, llm_tflops or reached or 250.0)
     network = _network(intra_gbytes, inter_gbytes, gpus_per_node, latency_us)
+    if network is None and planned is not None:
+        network = planned.network
     calibration = None if no_calibration else _calibration(profile / CALIBRATION_NAME, cost, quiet=as_json)
     optimizer_s = optimizer_ms / 1e3
     recorded = recorded_steps(against) if against is not None else []

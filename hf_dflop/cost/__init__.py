@@ -15,8 +15,10 @@ from hf_dflop.cost.flops import (
 )
 from hf_dflop.cost.memory import MemorySettings, MicrobatchCounts, StageLayers, StageMemory, stage_memory
 from hf_dflop.cost.model import CostModel, Observation, Rates
+from hf_dflop.cost.model_profile import ModelProfile
 from hf_dflop.cost.online import OnlineFit, Refinement, refine
 from hf_dflop.cost.parameters import parameter_counts
+from hf_dflop.cost.part_seconds import PartCosts, PartSeconds
 from hf_dflop.cost.parts import PARTS, part_states
 from hf_dflop.cost.spec import ConnectorSpec, ModelSpec, TransformerSpec
 
@@ -27,11 +29,14 @@ __all__ = [
     "FitError",
     "MemorySettings",
     "MicrobatchCounts",
+    "ModelProfile",
     "ModelSpec",
     "ModuleFlops",
     "Observation",
     "OnlineFit",
+    "PartCosts",
     "PartMemory",
+    "PartSeconds",
     "Rates",
     "Refinement",
     "StageLayers",

@@ -21,6 +21,7 @@ from hf_dflop.shapes import Shapes
 __all__ = [
     "ModuleFlops",
     "Trainable",
+    "encoder_counts",
     "forward_terms",
     "llm_flops",
     "llm_terms",
@@ -128,17 +129,24 @@ def llm_flops(spec: ModelSpec, tokens: npt.ArrayLike, *, causal_factor: float = 
     return terms["llm_linear"] + terms["llm_attention"] + terms["llm_head"]
 
 
-def vision_terms(spec: ModelSpec, shapes: Shapes) -> dict[str, FloatArray]:
-    """Forward FLOPs of encoder and connector by term, each float64 `(num_samples,)`.
+def encoder_counts(spec: ModelSpec, shapes: Shapes) -> tuple[FloatArray, FloatArray]:
+    """Encoder positions of each sample and its attention pairs, class tokens included, each float64 `(num_samples,)`.
 
     With n patches and c class tokens per tile, a tile has (n + c)² attention pairs, so a sample has
     `image_patches_sq + 2c · image_patches + c² · image_tiles`.
     """
+    patches = shapes.image_patches.astype(np.float64)
+    tiles = shapes.image_tiles.astype(np.float64)
+    extra = spec.class_tokens
+    return patches + extra * tiles, shapes.image_patches_sq + 2.0 * extra * patches + extra**2 * tiles
+
+
+def vision_terms(spec: ModelSpec, shapes: Shapes) -> dict[str, FloatArray]:
+    """Forward FLOPs of encoder and connector by term, each float64 `(num_samples,)`."""
     vision = spec.vision
     patches = shapes.image_patches.astype(np.float64)
     tiles = shapes.image_tiles.astype(np.float64)
-    positions = patches + spec.class_tokens * tiles
-    pairs = shapes.image_patches_sq + 2.0 * spec.class_tokens * patches + spec.class_tokens**2 * tiles
+    positions, pairs = encoder_counts(spec, shapes)
     window_pairs = np.minimum(pairs, float(vision.window_tokens) * positions)
     num_global = vision.num_layers - vision.num_windowed_layers
     layer_pairs = num_global * pairs + vision.num_windowed_layers * window_pairs
@@ -173,6 +181,8 @@ def forward_terms(spec: ModelSpec, shapes: Shapes, *, causal_factor: float = 0.5
 
 def _recomputed_share(spec: TransformerSpec) -> float:
     """Share of the layers' linear FLOPs that checkpointing repeats: a layer's last matrix is not needed again."""
+    if spec.norm_behind_mlp:
+        return 1.0
     num_dense = spec.num_layers - spec.num_moe_layers
     last = 2.0 * num_dense * spec.hidden * spec.intermediate
     return 1.0 - last / _linear_flops_per_position(spec)
@@ -187,7 +197,7 @@ def train_factors(
     scores, which have no weights and are differentiated in both operands. Where no gradient passes: 0. The lowest
     trained matrices (patch embedding; a connector without a norm in front, above a frozen encoder) need no input
     gradient: 1. Checkpointing repeats the layers that a gradient passes, all but their last dense matrix
-    (layers with a norm behind the MLP, as in Gemma 3, repeat that too: they cost a few per cent more).
+    (layers with a norm behind the MLP, as in Gemma 3, repeat that too).
     Encoder layers above the one that is read get no gradient, nor does an unused pooling head.
 
     Args:

@@ -6,18 +6,18 @@ linear in the tokens and pairs of the microbatches in flight, so that a planner 
 once.
 
 Assumptions: what the allocator loses to fragmentation, CUDA's context (0.5 to 1 GiB) and NCCL's buffers are not
-included; leave a reserve. Layers of one module are alike (a mixture of kinds is their mean). Under ZeRO-3 two layers
-are gathered at a time.
+included; leave a reserve. Layers of one module are alike (a mixture of kinds is their mean, and so are encoder layers
+above the one that is read, which keep nothing). Under ZeRO-3 two layers are gathered at a time.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
 
 from hf_dflop.cost.activations import PartMemory, activation_memory, dtype_bytes
-from hf_dflop.cost.flops import Trainable
+from hf_dflop.cost.flops import Trainable, encoder_counts
 from hf_dflop.cost.parameters import parameter_counts
 from hf_dflop.cost.parts import MODULE_OF_PART, PARTS, PartState, part_states
 from hf_dflop.cost.spec import ModelSpec
@@ -174,16 +174,7 @@ class MicrobatchCounts:
             groups: for each microbatch, the indices of its samples.
             padded (`bool`): rows are padded to the longest, or packed without padding (attention within samples).
         """
-        extra = spec.class_tokens
-        patches, tiles = shapes.image_patches, shapes.image_tiles
-        columns = np.stack(
-            [
-                patches + extra * tiles,
-                shapes.image_patches_sq + 2 * extra * patches + extra**2 * tiles,
-                shapes.llm_tokens,
-                shapes.llm_tokens**2,
-            ]
-        ).astype(np.float64)
+        columns = np.stack([*encoder_counts(spec, shapes), shapes.llm_tokens, shapes.llm_tokens**2]).astype(np.float64)
         counts = []
         for group in groups:
             picked = columns[:, np.asarray(group, dtype=np.int64)]
@@ -286,6 +277,13 @@ def _activations(
                 tp=degree,
             )[part]
         )
+    read = 1.0 - spec.unread_vision_layers / spec.vision.num_layers
+    layer = found["vision_layer"]
+    found["vision_layer"] = replace(
+        layer,
+        kept_per_token_bytes=read * layer.kept_per_token_bytes,
+        kept_per_pair_bytes=read * layer.kept_per_pair_bytes,
+    )
     return found, measured
 
 
@@ -333,7 +331,7 @@ def stage_memory(
     if spec.llm.tied_embeddings and copies["llm_fixed"] and copies["llm_head"]:
         held["llm_head"] = 0.0
     total = sum(held.values())
-    trained = sum(count for part, count in held.items() if _is_trained(part, states, settings.trainable))
+    trained = sum(count for part, count in held.items() if states[part] == "trained")
     largest = max((held[part] / copies[part] for part in PARTS if copies[part]), default=0.0)
     weight = dtype_bytes(settings.weights)
     parts, measured = _activations(spec, settings, tp, profile)
@@ -351,7 +349,3 @@ def stage_memory(
 
 _SHARDED = {"optimizer": 1, "gradients": 2, "parameters": 3}
 """ZeRO stage from which each is sharded."""
-
-
-def _is_trained(part: str, states: Mapping[str, PartState], trainable: Trainable) -> bool:
-    return states[part] == "trained" or (part == "vision_fixed" and trainable.vision)

@@ -1,11 +1,13 @@
 """Turns shapes into seconds per module: the cost that balancing and planning minimise.
 
 In: a `ModelSpec` and FLOP rates, assumed (`CostModel.analytic`) or fitted to measured microbatches
-(`CostModel.fit`). Out: float64 seconds per sample, row or microbatch.
+(`CostModel.fit`), or curves measured part by part (`CostModel.from_profile`). Out: float64 seconds per sample, row or
+microbatch.
 
-Assumptions: a term runs at one rate whatever its size (kernels are slower on small microbatches; the fitted
-overhead takes up part of it), and modules run one after the other. A padded microbatch pays for every row as
-if it were its longest; the encoder never pads across samples.
+Assumptions: costs of samples add up. So a term runs at one rate whatever the size of the microbatch (kernels are
+slower on small ones; the overhead takes up part of it), measured curves are used as a line through their upper three
+quarters in tokens, and in full in the length of each sequence; and modules run one after the other. A padded
+microbatch pays for every row as if it were its longest; the encoder never pads across samples.
 """
 
 import hashlib
@@ -19,7 +21,11 @@ import numpy as np
 import numpy.typing as npt
 
 from hf_dflop.cost.fit import RATE_TERMS, FitError, fit_rates
-from hf_dflop.cost.flops import Trainable, llm_terms, train_factors, vision_terms
+from hf_dflop.cost.flops import Trainable, encoder_counts, llm_terms, train_factors, vision_terms
+from hf_dflop.cost.from_profile import DIRECTIONS, reached_flops_per_s, sample_curves
+from hf_dflop.cost.measurement import Direction
+from hf_dflop.cost.model_profile import ModelProfile
+from hf_dflop.cost.rates import Observation, Rates
 from hf_dflop.cost.spec import ModelSpec
 from hf_dflop.errors import ModelError
 from hf_dflop.shapes import Shapes
@@ -30,48 +36,6 @@ COST_SCHEMA_VERSION = 1
 
 FloatArray = npt.NDArray[np.float64]
 Groups = Iterable[Sequence[int] | npt.NDArray[np.integer]]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Rates:
-    """FLOP/s of each term; what has no term of its own runs at the rate of its module's weights."""
-
-    vision_linear: float
-    """Encoder weights, patch embedding, connector."""
-    vision_attention: float
-    """Encoder attention scores."""
-    llm_linear: float
-    """LLM weights and the LM head."""
-    llm_attention: float
-    """LLM attention scores."""
-
-    def __post_init__(self) -> None:
-        for name in RATE_TERMS:
-            value = getattr(self, name)
-            if not (np.isfinite(value) and value > 0):
-                raise ModelError(f"the rate {name} is {value} FLOP/s; it must be positive and finite.")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Observation:
-    """One measured microbatch.
-
-    Raises:
-        ModelError: the seconds are not positive and finite, or there is no sample.
-    """
-
-    shapes: Shapes
-    """Its samples, `num_samples` of them."""
-    padded: bool
-    """Rows were padded to the longest (True) or packed without padding (False)."""
-    seconds: float
-    """Forward and backward together."""
-
-    def __post_init__(self) -> None:
-        if not (np.isfinite(self.seconds) and self.seconds > 0):
-            raise ModelError(f"an observation took {self.seconds} seconds; it must be positive. Drop it.")
-        if len(self.shapes) == 0:
-            raise ModelError("an observation has no samples; drop it.")
 
 
 def _terms(
@@ -122,6 +86,8 @@ class CostModel:
     """Seconds of every microbatch whatever its samples (launches, communication)."""
     fit_error: FitError | None = None
     """How far the fit was off on held-out observations; None for an analytic model."""
+    profile: ModelProfile | None = None
+    """What was measured part by part; its curves are then used, and rates are not."""
 
     def __post_init__(self) -> None:
         if not (np.isfinite(self.per_microbatch_s) and self.per_microbatch_s >= 0):
@@ -222,6 +188,51 @@ class CostModel:
             ),
         )
 
+    @classmethod
+    def from_profile(
+        cls, profile: ModelProfile, *, trainable: Trainable | None = None, checkpointing: bool = False
+    ) -> "CostModel":
+        """The cost model of a model that `hf-dflop measure` measured.
+
+        Args:
+            profile (`ModelProfile`): what was measured.
+            trainable (`Trainable`), checkpointing (`bool`):
+                How the run trains. Settings that were not measured are scaled from those that were, by their FLOPs.
+
+        Returns:
+            `CostModel`: with curves, `per_microbatch_s`, and the held-out error of the profile as `fit_error`.
+
+        Raises:
+            ModelError: a module was not measured in any setting.
+        """
+        train = trainable or Trainable()
+        curves = sample_curves(profile, train, checkpointing)
+        rate = reached_flops_per_s(profile)
+        return cls(
+            spec=profile.spec,
+            rates=Rates(vision_linear=rate, vision_attention=rate, llm_linear=rate, llm_attention=rate),
+            trainable=train,
+            checkpointing=checkpointing,
+            per_microbatch_s=sum(base for base, _ in curves.values()),
+            fit_error=profile.error,
+            profile=profile,
+        )
+
+    def measured_s(self, module: str, direction: Direction, tokens: npt.ArrayLike, pairs: npt.ArrayLike) -> FloatArray:
+        """Measured seconds of samples, without the overhead; only with a `profile`.
+
+        Args:
+            module (`str`): `vision` (with the connector), `llm` (its layers) or `llm_head`.
+            direction (`str`): `forward`, or `backward` with recomputation.
+            tokens, pairs (`(num_samples,)`): positions, and the sum over the sample's sequences of length².
+
+        Raises:
+            ModelError: the cost model has no profile.
+        """
+        if self.profile is None:
+            raise ModelError("the cost model was not measured part by part; build it with CostModel.from_profile.")
+        return sample_curves(self.profile, self.trainable, self.checkpointing)[module, direction][1].at(tokens, pairs)
+
     def _terms(self, shapes: Shapes | None, tokens: npt.ArrayLike | None) -> dict[str, FloatArray]:
         return _terms(self.spec, self.trainable, self.checkpointing, self.causal_factor, shapes, tokens)
 
@@ -233,13 +244,11 @@ class CostModel:
         terms = self._terms(shapes, tokens)
         return np.asarray([float(terms[name].sum()) for name in RATE_TERMS])
 
-    def sample_flops(self, shapes: Shapes) -> FloatArray:
-        """Training FLOPs of each sample alone by term, `(num_samples, 4)` in the order of `RATE_TERMS`."""
-        terms = self._terms(shapes, shapes.llm_tokens)
-        return np.column_stack([terms[name] for name in RATE_TERMS])
-
     def vision_s(self, shapes: Shapes) -> FloatArray:
         """Seconds of encoder and connector for each sample, `(num_samples,)`."""
+        if self.profile is not None:
+            counts = encoder_counts(self.spec, shapes)
+            return np.sum([self.measured_s("vision", way, *counts) for way in DIRECTIONS], axis=0)
         terms = self._terms(shapes, None)
         return (
             terms["vision_linear"] / self.rates.vision_linear + terms["vision_attention"] / self.rates.vision_attention
@@ -252,8 +261,29 @@ class CostModel:
             tokens (`Shapes` or `(num_rows,)` of int): samples, or row lengths with their padding.
         """
         lengths = tokens.llm_tokens if isinstance(tokens, Shapes) else tokens
+        if self.profile is not None:
+            squares = np.asarray(lengths, dtype=np.float64) ** 2
+            parts = [(module, way) for module in ("llm", "llm_head") for way in DIRECTIONS]
+            return np.sum([self.measured_s(*part, lengths, squares) for part in parts], axis=0)
         terms = self._terms(None, lengths)
         return terms["llm_linear"] / self.rates.llm_linear + terms["llm_attention"] / self.rates.llm_attention
+
+    def vision_work(self, shapes: Shapes) -> FloatArray:
+        """What the rates of a sample's images apply to, `(num_samples, 2)`: weights, attention.
+
+        FLOPs; of a measured model, which has curves, its seconds × the rate, all in the first column.
+        """
+        if self.profile is not None:
+            return np.outer(self.vision_s(shapes) * self.rates.vision_linear, [1.0, 0.0])
+        terms = self._terms(shapes, None)
+        return np.column_stack([terms["vision_linear"], terms["vision_attention"]])
+
+    def llm_work(self, tokens: npt.ArrayLike) -> FloatArray:
+        """The same of LLM rows of the given lengths, `(num_rows, 2)`."""
+        if self.profile is not None:
+            return np.outer(self.llm_s(tokens) * self.rates.llm_linear, [1.0, 0.0])
+        terms = self._terms(None, tokens)
+        return np.column_stack([terms["llm_linear"], terms["llm_attention"]])
 
     def sample_seconds(self, shapes: Shapes) -> FloatArray:
         """Seconds of each sample alone and unpadded, `(num_samples, 2)`: vision, LLM; without the
@@ -305,6 +335,7 @@ class CostModel:
             "causal_factor": self.causal_factor,
             "per_microbatch_s": self.per_microbatch_s,
             "fit_error": asdict(self.fit_error) if self.fit_error else None,
+            **({"profile": self.profile.to_dict()} if self.profile else {}),
         }
 
     @classmethod
@@ -327,6 +358,8 @@ class CostModel:
             fields["trainable"] = Trainable(**fields["trainable"])
             if fields.get("fit_error") is not None:
                 fields["fit_error"] = FitError(**fields["fit_error"])
+            if fields.get("profile") is not None:
+                fields["profile"] = ModelProfile.from_dict(fields["profile"])
             return cls(**fields)
         except (KeyError, TypeError) as error:
             raise ModelError(
@@ -348,5 +381,11 @@ class CostModel:
 
     @classmethod
     def load(cls, path: str | Path) -> "CostModel":
-        """Read a model that `save` wrote; raises what `from_dict` raises."""
-        return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        """Read a model that `save` wrote, or the `ModelProfile` that `hf-dflop measure` wrote (everything trained).
+
+        Raises what `from_dict` raises.
+        """
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        if isinstance(data, dict) and "measurements" in data:
+            return cls.from_profile(ModelProfile.from_dict(data))
+        return cls.from_dict(data)

@@ -70,7 +70,7 @@ def part_states(trainable: Trainable | None = None, *, checkpointing: bool = Fal
     llm = state(train.llm, through_llm)
     vision = state(train.vision, through_vision)
     return {
-        "vision_fixed": "trained" if train.vision else "frozen",
+        "vision_fixed": vision,
         "vision_layer": vision,
         "connector": state(train.connector, through_connector),
         "llm_fixed": llm,

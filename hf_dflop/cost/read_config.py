@@ -204,6 +204,7 @@ def _read_llm(config: Any, whole_config: Any) -> TransformerSpec:
                 default=get(config, "tie_word_embeddings", default=False),
             )
         ),
+        norm_behind_mlp=get(config, "query_pre_attn_scalar") is not None,  # Gemma 2 and 3
     )
 
 

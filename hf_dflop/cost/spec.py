@@ -65,6 +65,8 @@ class TransformerSpec:
     vocab: int = 0
     """Rows of the LM head; 0 for an encoder."""
     tied_embeddings: bool = False
+    norm_behind_mlp: bool = False
+    """A norm stands behind the MLP (Gemma 2 and 3), so recomputation repeats the MLP's last matrix too."""
 
     def __post_init__(self) -> None:
         _require_positive(self, "hidden", "num_layers", "heads", "kv_heads", "head_dim", "intermediate")

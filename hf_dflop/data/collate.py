@@ -9,11 +9,13 @@ zero. That holds for losses over label tokens, and not for what sees all positio
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from hf_dflop.errors import ShapeMismatchError
 from hf_dflop.rows import Layout, Renderer, Row, detect_layout, encode, read_row
 from hf_dflop.rows.encode import IGNORE
+from hf_dflop.rows.images import image_size
 from hf_dflop.shapes import COLUMN_PREFIX
 
 __all__ = ["VisionLanguageCollator"]
@@ -73,7 +75,26 @@ class VisionLanguageCollator:
             DatasetError: a row is not usable; names its position in the microbatch.
             ShapeMismatchError: a sample differs from its shape columns.
         """
-        read = [read_row(row, self._layout_of(row), index=position) for position, row in enumerate(rows)]
+        return self._collate(rows, self._read(rows))
+
+    def without_pixels(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """The same microbatch without decoding an image: a blank picture of its size stands in for each.
+
+        All but the pixels is as ever, and the pixels are left out. For ranks that run no encoder.
+        """
+        from PIL import Image
+
+        read = []
+        for row in self._read(rows):
+            sizes = [image_size(cell, where=f"{row.name}, image {i}") for i, cell in enumerate(row.images)]
+            read.append(replace(row, images=[Image.new("RGB", (width, height)) for height, width in sizes]))
+        batch = self._collate(rows, read)
+        return {key: value for key, value in batch.items() if not key.startswith("pixel_")}
+
+    def _read(self, rows: Sequence[Mapping[str, Any]]) -> list[Row]:
+        return [read_row(row, self._layout_of(row), index=position) for position, row in enumerate(rows)]
+
+    def _collate(self, rows: Sequence[Mapping[str, Any]], read: list[Row]) -> dict[str, Any]:
         add_dummy = self.dummy_image and bool(read) and not any(row.images for row in read)
         batch = encode(
             self.processor,

@@ -30,7 +30,8 @@ class PackedCollator:
     and `Trainer`'s count of label tokens stays the one of the padded microbatch.
 
     For training only: an evaluation of `Trainer` gathers predictions row by row, and takes rows for samples when it
-    drops those that fill the last batch. Evaluate with the padding collator, kept in the attribute `collator`.
+    drops those that fill the last batch. [`DflopCallback`] lets evaluations use the padding collator, kept in the
+    attribute `collator`; without the callback, evaluate with that one.
 
     Args:
         processor_or_collator (`ProcessorMixin` or `Callable`):

@@ -23,8 +23,12 @@ import numpy.typing as npt
 
 from hf_dflop.balance import Assignment, assign, warm_up
 from hf_dflop.cost import CostModel
+from hf_dflop.data.dummies import Dummy, assign_filled
+from hf_dflop.data.joined_rows import priced_by_row, sample_costs
 from hf_dflop.data.lookahead import look_ahead
+from hf_dflop.data.place import done_microbatches, place_of
 from hf_dflop.data.versions import CostVersion, CostVersions
+from hf_dflop.data.windows import paired_steps
 from hf_dflop.errors import BalanceError
 from hf_dflop.shapes import Shapes
 
@@ -76,6 +80,8 @@ class StepPlan:
     """Seconds of them (and of the plans before it) that the loop had to wait."""
     cost_version: CostVersion | None = None
     """What the costs come from; None where they never change."""
+    has_image: bool = True
+    """Whether any sample of the step has an image."""
 
     def microbatches(self, rank: int) -> list[list[int]]:
         """The dataset indices that `rank` loads, one list per slot."""
@@ -132,6 +138,18 @@ class BalancedBatchSampler:
         look_ahead_steps (`int`):
             Steps planned ahead in a thread of their own; 0 plans each step when it is asked for. The plans are the
             same.
+        window_steps (`int`):
+            With more than 1, giant samples are paired across so many consecutive steps, see
+            [`~hf_dflop.balance.pair_giants`]: steps are then not those of the stock run.
+        oversize (`str`):
+            A sample above a cap is an `"error"`, or runs `"alone"`.
+        samples_per_step (`int`, *optional*):
+            Samples of a full step, for `state_dict`.
+        all_pairs (`bool`):
+            Attention computes all pairs of tokens of a packed microbatch, also those of different samples (SDPA,
+            eager); see `hf_dflop.data.joined_rows`.
+        dummy ([`Dummy`], *optional*):
+            What the row costs that the collator adds to a microbatch without an image.
     """
 
     def __init__(
@@ -153,7 +171,14 @@ class BalancedBatchSampler:
         spread_images: bool = False,
         fill_images: bool = False,
         look_ahead_steps: int = LOOK_AHEAD_STEPS,
+        window_steps: int = 1,
+        oversize: str = "error",
+        samples_per_step: int | None = None,
+        all_pairs: bool = False,
+        dummy: Dummy | None = None,
     ) -> None:
+        if window_steps < 1:
+            raise BalanceError(f"window_steps is {window_steps}; 1 keeps the steps, more pair giants across so many")
         # No attribute may be called `sampler`: accelerate would reach through it and set the wrong epoch.
         self._stock = stock
         self._set_stock_epoch = set_stock_epoch
@@ -167,7 +192,15 @@ class BalancedBatchSampler:
         self._balance = balance
         self._seed = seed
         self._look_ahead_steps = look_ahead_steps
-        self.costs = CostVersions(shapes, cost_model, padded=padded)
+        self.costs = CostVersions(shapes, cost_model, padded=padded, all_pairs=all_pairs)
+        self._window_steps = window_steps if balance else 1
+        self._oversize = oversize
+        self._cut: dict[str, Any] = {
+            "num_slots": num_slots,
+            "samples_per_step": samples_per_step,
+            "dataset": shapes.fingerprint(),
+        }
+        self._dummy = dummy
         self._tokens = shapes.llm_tokens
         self._patches = shapes.image_patches
         self._has_image = shapes.num_images > 0
@@ -176,6 +209,8 @@ class BalancedBatchSampler:
         self._plans: OrderedDict[tuple[int, int], StepPlan] = OrderedDict()
         self.epoch = 0
         self.resume_step = 0
+        self._first_microbatch = 0
+        self._num_yielded = 0
         # accelerate reads these two of any batch sampler.
         self.batch_size: int | None = None
         self.drop_last = False
@@ -186,7 +221,7 @@ class BalancedBatchSampler:
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that the next iteration runs."""
         if epoch != self.epoch:
-            self.resume_step = 0
+            self.resume_step = self._first_microbatch = self._num_yielded = 0
         self.epoch = epoch
         if self._set_stock_epoch is not None:
             self._set_stock_epoch(epoch)
@@ -208,7 +243,38 @@ class BalancedBatchSampler:
         """The number of an optimizer step, counted from the start of the training."""
         return epoch * -(-self._length // self._num_slots) + step
 
+    def state_dict(self, num_microbatches: int | None = None) -> dict[str, Any]:
+        """Where this epoch stands, for `load_state_dict`; plain JSON types.
+
+        Args:
+            num_microbatches (`int`, *optional*):
+                Microbatches of this rank that were trained on in this epoch. By default those that were handed out,
+                which loader workers may have fetched ahead of training.
+        """
+        done = self._num_yielded if num_microbatches is None else num_microbatches
+        return place_of(epoch=self.epoch, done=done, **self._cut)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state` was taken, also on another number of ranks; nothing before it is handed out again.
+
+        Raises:
+            DatasetError: the state is of another dataset.
+            BalanceError: steps had another number of samples, or the state lies within a step that is cut otherwise
+                now.
+        """
+        self._first_microbatch = self._num_yielded = done_microbatches(state, **self._cut)
+        self.epoch = state["epoch"]
+        self.resume_step = 0
+
     def __iter__(self) -> Iterator[list[int]]:
+        begin, self._first_microbatch = self._first_microbatch, 0
+        self._num_yielded = begin
+        for microbatch in itertools.islice(self._microbatches(begin), begin % self._num_slots, None):
+            self._num_yielded += 1
+            yield microbatch
+
+    def _microbatches(self, begin: int) -> Iterator[list[int]]:
+        """The microbatches of the epoch from the step on that holds the one with number `begin`."""
         epoch = self.epoch
         if self._set_stock_epoch is not None:
             self._set_stock_epoch(epoch)
@@ -216,12 +282,18 @@ class BalancedBatchSampler:
         num_steps = -(-len(ranks[self._rank]) // self._num_slots)
         if self._must_spread:
             self._check_epoch(ranks, epoch, num_steps)
-        first = min(self.resume_step, num_steps)
-        for step in range(first):  # thrown away by a resumed run
+        skipped = min(begin // self._num_slots, num_steps)
+        first = max(min(self.resume_step, num_steps), skipped)
+        for step in range(skipped, first):  # thrown away by a resumed run
             yield from (list(microbatch) for microbatch in self._stock_of(ranks, step)[self._rank])
 
+        window: dict[int, list[Microbatches]] = {}
+
         def plan(step: int) -> StepPlan | None:
-            stock = self._stock_of(ranks, step)
+            if self._window_steps > 1 and step not in window:
+                window.clear()
+                window.update(self._paired(ranks, step, num_steps))
+            stock = window.get(step) or self._stock_of(ranks, step)
             # At an epoch's end with even_batches=False, ranks have different numbers of microbatches: there the stock
             # grouping is the only one that keeps them.
             if len({len(slots) for slots in stock}) > 1:
@@ -250,9 +322,18 @@ class BalancedBatchSampler:
         begin = step * self._num_slots
         return [slots[begin : begin + self._num_slots] for slots in ranks]
 
+    def _paired(self, ranks: Sequence[Microbatches], step: int, num_steps: int) -> dict[int, list[Microbatches]]:
+        """The steps of the window of `step`, giants paired."""
+        begin = step - step % self._window_steps
+        steps = range(begin, min(begin + self._window_steps, num_steps))
+        # By the costs that training began with: a version must not cut a window in two.
+        seconds = self.costs.first_seconds()
+        paired = paired_steps([self._stock_of(ranks, step) for step in steps], seconds, self._num_ranks)
+        return dict(zip(steps, paired, strict=True))
+
     def has_image(self, plan: StepPlan) -> bool:
         """Whether any sample of the step has an image."""
-        return bool(self._has_image[plan.indices].any())
+        return plan.has_image
 
     def warm_up(self) -> None:
         """Compile what planning needs, before the first step."""
@@ -278,29 +359,51 @@ class BalancedBatchSampler:
             balanced=self._balance,
             cost_version=version,
             scheduling_s=time.perf_counter() - begin,
+            has_image=bool(self._has_image[indices].any()),
         )
 
     def _assign(
         self, indices: npt.NDArray[np.int64], baseline: Any, epoch: int, step: int, version: CostVersion
     ) -> Assignment:
+        tokens, patches = self._tokens[indices], self._patches[indices]
+        num_slots = len(baseline[0])
+        vision_s, llm_s = self.costs.seconds(indices, version)
+        row_cost = self.costs.row_cost(version)
+        if row_cost is not None:
+            llm_s = sample_costs(row_cost, tokens, self._num_ranks * num_slots)
+        arguments: dict[str, Any] = {
+            "vision_s": vision_s,
+            "llm_s": llm_s,
+            "num_ranks": self._num_ranks,
+            "num_slots": num_slots,
+            "objective": self.objective,
+            "padded": self._padded,
+            "baseline": baseline,
+            "tokens": tokens,
+            "max_tokens": self._caps.max_tokens,
+            "patches": patches,
+            "max_patches": self._caps.max_patches,
+            "spread": self._has_image[indices] if self._spread_images else None,
+            "oversize": self._oversize,
+            "rank_speeds": version.rank_speeds,
+            "seed": (self._seed * 1_000_003 + epoch * 8_191 + step) % 2**31,
+        }
+        dummy = None if self._dummy is None else self.costs.dummy(self._dummy, version)
         try:
-            return assign(
-                *self.costs.seconds(indices, version),
-                num_ranks=self._num_ranks,
-                num_slots=len(baseline[0]),
-                objective=self.objective,
-                padded=self._padded,
-                baseline=baseline,
-                tokens=self._tokens[indices],
-                max_tokens=self._caps.max_tokens,
-                patches=self._patches[indices],
-                max_patches=self._caps.max_patches,
-                spread=self._has_image[indices] if self._spread_images else None,
-                rank_speeds=version.rank_speeds,
-                seed=(self._seed * 1_000_003 + epoch * 8_191 + step) % 2**31,
-            )
+            found = (assign_filled(arguments, dummy) if self._spread_images else None) or assign(**arguments)
         except BalanceError as error:
             raise BalanceError(f"epoch {epoch}, step {step}, samples {indices.tolist()[:16]}...: {error}") from error
+        if row_cost is None:
+            return found
+        fits = not self._spread_images and all(
+            cap is None or int(counts[group].sum()) <= cap
+            for counts, cap in ((tokens, self._caps.max_tokens), (patches, self._caps.max_patches))
+            for slots in baseline
+            for group in slots
+        )
+        return priced_by_row(
+            found, row_cost, vision_s, tokens, baseline, may_keep=fits, rank_speeds=version.rank_speeds
+        )
 
     def _check_epoch(self, ranks: Sequence[Microbatches], epoch: int, num_steps: int) -> None:
         """Raise before the epoch begins, rather than at the step that has too few images."""

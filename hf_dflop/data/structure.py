@@ -18,10 +18,10 @@ from typing import Any
 
 from hf_dflop.errors import ModelError
 
-__all__ = ["ModelStructure"]
+__all__ = ["DENSE", "ModelStructure"]
 
 _RESERVED = ("_token_id", "_token_index")
-_DENSE = ("sdpa", "eager")
+DENSE = ("sdpa", "eager")
 """Attention that takes a mask with one entry per pair of tokens."""
 
 
@@ -94,7 +94,7 @@ class ModelStructure:
         import torch
 
         rule = getattr(self.model_class, "create_masks_for_generate", None)
-        if rule is None or self.attention not in _DENSE:
+        if rule is None or self.attention not in DENSE:
             return None
         dtype = getattr(self.config, "dtype", None) or torch.float32
         masks = []

@@ -11,9 +11,11 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import has_length
 
-from hf_dflop._compat import calling_trainer, replace_batch_sampler
+from hf_dflop._compat import calling_trainer, replace_batch_sampler, replace_collator
 from hf_dflop.cost import CostModel, ModelSpec
+from hf_dflop.data import PackedCollator
 from hf_dflop.data.sampler import BalancedBatchSampler, Caps, StepPlan, stock_caps
+from hf_dflop.data.stream import BalancedStream
 from hf_dflop.errors import DatasetError, TrainerError
 from hf_dflop.integrations.checks import (
     adds_dummy_images,
@@ -25,11 +27,19 @@ from hf_dflop.integrations.checks import (
     check_samples,
 )
 from hf_dflop.integrations.correction import Correct, Correction, start_correction
-from hf_dflop.integrations.describe import choose_objective, describe_training, image_parameters
+from hf_dflop.integrations.describe import (
+    choose_objective,
+    computes_all_pairs,
+    describe_training,
+    dummy_of,
+    image_parameters,
+)
 from hf_dflop.integrations.measured import MeasuredStep, gather_steps
+from hf_dflop.integrations.resume import SampleOrder, check_resumed, recalled, remember
 from hf_dflop.integrations.steplog import step_logs
 from hf_dflop.integrations.stock import StockSharding
 from hf_dflop.integrations.straggler import straggler_line
+from hf_dflop.integrations.streaming import install_stream, is_stream
 from hf_dflop.integrations.timing import StepTimer
 from hf_dflop.integrations.trace import TraceWriter
 from hf_dflop.shapes import Shapes
@@ -68,6 +78,9 @@ class DflopCallback(TrainerCallback):
     | `dflop/slowdown_max` | how many times longer the slowest rank takes for the same work as the usual one |
     | `dflop/slow_rank` | a rank that was found to be slow, in two looks one after the other; absent if none is |
 
+    A [`PackedCollator`] joins samples in training only: evaluations get the padding collator in it, since `Trainer`
+    takes the rows of an evaluation for samples.
+
     Where a rank without an image would leave the others waiting for ever (FSDP, ZeRO, DDP that does not look for
     unused parameters), every microbatch is given a sample with one. Where steps have too few of those, use
     `VisionLanguageCollator(dummy_image=True)`.
@@ -102,6 +115,12 @@ class DflopCallback(TrainerCallback):
             What becomes of a rank that takes longer for the same work: `"name"` it, in a warning and in the log (most
             often its machine needs repair, and less work would hide that), or `"rebalance"`: give it less work, too.
             Needs `correct`.
+        oversize (`str`, *optional*, defaults to `"error"`):
+            A sample that is above a cap by itself is an error, or `"alone"` in a microbatch of its own.
+        window_steps (`int`, *optional*, defaults to 1):
+            With more than 1, giant samples that nothing in their step can balance are paired across so many
+            consecutive steps. Steps then no longer hold the samples of the stock run: a sample may be used up to
+            `window_steps - 1` steps earlier or later (still once an epoch), and giants share a step.
         trace_dir (`str` or `Path`, *optional*):
             Folder for one JSON line per step and rank, with every microbatch's samples and times; for
             `hf-dflop report`.
@@ -138,11 +157,16 @@ class DflopCallback(TrainerCallback):
         correct: bool | Literal["auto"] = "auto",
         correct_every: int = 10,
         slow_ranks: Literal["name", "rebalance"] = "name",
+        oversize: Literal["error", "alone"] = "error",
+        window_steps: int = 1,
         trace_dir: str | Path | None = None,
         verify: int = 4,
         seed: int = 0,
     ) -> None:
-        self.shapes = dataset if isinstance(dataset, Shapes) else Shapes.of_dataset(dataset)
+        if is_stream(dataset):
+            self.shapes: Shapes | None = None
+        else:
+            self.shapes = dataset if isinstance(dataset, Shapes) else Shapes.of_dataset(dataset)
         self._dataset = None if isinstance(dataset, Shapes) else dataset
         self._balance = balance
         self._objective = objective
@@ -150,10 +174,13 @@ class DflopCallback(TrainerCallback):
         self._max_tokens = max_tokens
         self._max_patches = max_patches
         self._correct = Correct(correct, every=correct_every, slow_ranks=slow_ranks)
+        self._oversize = oversize
+        self._window_steps = window_steps
         self._trace_dir = trace_dir
         self._verify = verify
         self._seed = seed
-        self.sampler: BalancedBatchSampler | None = None
+        self.sampler: BalancedBatchSampler | BalancedStream | None = None
+        self._packing: PackedCollator | None = None
         self._timer: StepTimer | None = None
         self._trace: TraceWriter | None = None
         self._trainer: Any = None
@@ -164,6 +191,15 @@ class DflopCallback(TrainerCallback):
 
     # ---- set-up -----------------------------------------------------------------------------------------------
 
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # An evaluation gathers predictions row by row and takes rows for samples: only training joins samples.
+        trainer = calling_trainer()
+        if trainer is not None and isinstance(trainer.data_collator, PackedCollator):
+            self._packing = trainer.data_collator
+            trainer.data_collator = self._packing.collator
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -172,6 +208,8 @@ class DflopCallback(TrainerCallback):
             raise TrainerError("DflopCallback works in a transformers.Trainer; none is running this callback.")
         dataloader = kwargs["train_dataloader"]
         self._close()
+        if self._packing is not None:
+            replace_collator(dataloader, self._packing.collator, self._packing)
         is_sampled = has_length(dataloader) and args.train_sampling_strategy != "batch_rebalance"
         check_gradients_are_shared(trainer)
         if self._balance:
@@ -182,16 +220,50 @@ class DflopCallback(TrainerCallback):
         self._length = len(dataloader) if has_length(dataloader) else sys.maxsize
         self._steps_per_epoch = max(math.ceil(self._length / self._num_slots), 1)
         self._rank = trainer.accelerator.process_index
+        self._order: SampleOrder | None = None
         self._epoch = state.global_step // self._steps_per_epoch - 1
         self._resume_step = 0 if args.ignore_data_skip else state.global_step % self._steps_per_epoch
-        if is_sampled:
+        if is_stream(dataloader.dataset) and self._balance:
+            self.sampler = self._install_stream(trainer, dataloader)
+        elif is_sampled:
             self.sampler = self._install(trainer, dataloader)
+        if self.sampler is not None:
+            assert self._order is not None
+            if self._balance:
+                check_resumed(state, self._order, skips=not args.ignore_data_skip)
+            if isinstance(self.sampler, BalancedStream) and (done := recalled(state)) and state.global_step:
+                # Trainer skips all microbatches that it ever trained on, as if they were of one epoch.
+                self._resume_step = done["step"] if not args.ignore_data_skip else 0
+                skipped = 0 if args.ignore_data_skip else state.global_step * self._num_slots
+                self.sampler.resume(done["epoch"], self._resume_step, skipped)
+            remember(state, self._order)
         self._correction = start_correction(trainer, self.sampler, state, self._correct)
         self._timer = StepTimer(trainer.model, args.device)
         if self._trace_dir is not None:
             self._trace = TraceWriter(self._trace_dir, self._rank, resume=state.global_step > 0)
 
+    def _install_stream(self, trainer: Any, dataloader: Any) -> BalancedStream:
+        stream, fills_images, self._order = install_stream(
+            trainer,
+            dataloader,
+            num_slots=self._num_slots,
+            cost_model=self._cost_model,
+            objective=self._objective,
+            caps=Caps(max_tokens=self._max_tokens, max_patches=self._max_patches),
+            balance=self._balance,
+            verify=self._verify,
+            steps_per_epoch=self._steps_per_epoch,
+            oversize=self._oversize,
+            window_steps=self._window_steps,
+            seed=self._seed,
+        )
+        if fills_images and not trainer.is_deepspeed_enabled:
+            self._image_parameters = image_parameters(trainer)
+        return stream
+
     def _install(self, trainer: Any, dataloader: Any) -> BalancedBatchSampler:
+        if self.shapes is None:
+            raise DatasetError("DflopCallback was given a stream, but the Trainer trains on a dataset with a length.")
         sharding = StockSharding(dataloader.batch_sampler)
         global_batch = sharding.num_ranks * self._num_slots * sharding.microbatch_size
         if len(self.shapes) < global_batch:
@@ -205,8 +277,9 @@ class DflopCallback(TrainerCallback):
         config = trainer.accelerator.unwrap_model(trainer.model).config
         spec = ModelSpec.from_config(config)
         padded = check_samples(dataloader, self.shapes, spec.image_token_id, self._verify, self._seed)
-        check_packed_samples(trainer, dataloader.dataset, self.shapes)
-        fills_images = adds_dummy_images(dataloader, self.shapes, spec.image_token_id)
+        check_packed_samples(trainer, dataloader.dataset, dataloader.collate_fn, self.shapes)
+        dummy_tokens = adds_dummy_images(dataloader, self.shapes, spec.image_token_id)
+        fills_images = dummy_tokens > 0
         needs_images = check_images_and_collectives(
             trainer,
             self.shapes,
@@ -217,11 +290,19 @@ class DflopCallback(TrainerCallback):
         )
         if fills_images and not trainer.is_deepspeed_enabled:
             self._image_parameters = image_parameters(trainer)
+        self._order = SampleOrder(
+            dataset=self.shapes.fingerprint(),
+            num_samples=len(self.shapes),
+            samples_per_step=global_batch,
+            steps_per_epoch=self._steps_per_epoch,
+            window_steps=self._window_steps,
+        )
         caps = stock_caps(self.shapes, sharding.microbatch_size)
+        cost_model = self._cost_model or CostModel.analytic(spec, **describe_training(trainer))
         sampler = BalancedBatchSampler(
             sharding.epoch_groups,
             self.shapes,
-            self._cost_model or CostModel.analytic(spec, **describe_training(trainer)),
+            cost_model,
             rank=sharding.rank,
             num_ranks=sharding.num_ranks,
             num_slots=self._num_slots,
@@ -237,6 +318,11 @@ class DflopCallback(TrainerCallback):
             seed=self._seed,
             spread_images=needs_images and self._balance,
             fill_images=fills_images,
+            window_steps=self._window_steps,
+            oversize=self._oversize,
+            samples_per_step=global_batch,
+            all_pairs=computes_all_pairs(trainer),
+            dummy=dummy_of(cost_model, self.shapes, dummy_tokens),
         )
         sampler.warm_up()
         replace_batch_sampler(dataloader, sampler)
@@ -260,7 +346,8 @@ class DflopCallback(TrainerCallback):
         self._step, self._resume_step = self._resume_step, 0
         if self.sampler is not None:
             self.sampler.set_epoch(self._epoch)
-            self.sampler.skip_to(self._step)
+            if isinstance(self.sampler, BalancedBatchSampler):
+                self.sampler.skip_to(self._step)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -299,6 +386,9 @@ class DflopCallback(TrainerCallback):
             self._collect()
             self._correction.learn()
             self._correction.remember(state)
+        if self._order is not None:
+            epoch = self.sampler.epoch if isinstance(self.sampler, BalancedStream) else self._epoch
+            remember(state, self._order, epoch=epoch, step=self._step)
 
     def on_log(
         self,

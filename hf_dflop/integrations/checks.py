@@ -14,7 +14,7 @@ import torch
 from hf_dflop._compat import uses_stateful_dataloader
 from hf_dflop.data import PackedCollator, check_packing
 from hf_dflop.errors import ShapeMismatchError, TrainerError
-from hf_dflop.integrations.describe import is_image_parameter_trained
+from hf_dflop.integrations.describe import is_image_parameter_trained, is_sharded
 from hf_dflop.shapes import Shapes
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "check_packed_samples",
     "check_processor",
     "check_samples",
+    "needs_image_everywhere",
 ]
 
 logger = logging.getLogger(__name__)
@@ -41,13 +42,8 @@ def check_exactness(trainer: Any, dataloader: Any, num_ranks: int) -> None:
     args = trainer.args
     if isinstance(dataloader, DataLoaderDispatcher):
         raise TrainerError(
-            "the dataloader dispatches batches from rank 0 (dispatch_batches=True, or an IterableDataset), so no "
-            "rank chooses its own samples. Set accelerator_config={'dispatch_batches': False}, or use a map-style "
-            "dataset."
-        )
-    if getattr(dataloader, "batch_sampler", None) is None:
-        raise TrainerError(
-            "the dataloader has no batch sampler (an IterableDataset). Balancing needs a map-style dataset."
+            "the dataloader dispatches batches from rank 0 (dispatch_batches=True, or left open for an "
+            "IterableDataset), so no rank chooses its own samples. Set accelerator_config={'dispatch_batches': False}."
         )
     if uses_stateful_dataloader(dataloader):
         raise TrainerError(
@@ -95,7 +91,7 @@ def check_gradients_are_shared(trainer: Any) -> None:
     Raises:
         TrainerError: with the remedy.
     """
-    if trainer.args.world_size == 1 or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+    if trainer.args.world_size == 1 or is_sharded(trainer):
         return
     if getattr(trainer.accelerator, "parallelism_config", None) is not None:
         return  # tensor-parallel and meshed models are wrapped in other ways
@@ -105,6 +101,14 @@ def check_gradients_are_shared(trainer: Any) -> None:
             f"{type(trainer.model_wrapped).__name__} and not in DDP, so their gradients are never combined. Calling "
             "trainer.evaluate() before trainer.train() does that: use TrainingArguments(eval_on_start=True) instead."
         )
+
+
+def needs_image_everywhere(trainer: Any) -> bool:
+    """Whether a rank that skips the vision encoder leaves the others waiting for ever, or fails."""
+    wrapped = trainer.model_wrapped
+    if isinstance(wrapped, torch.nn.parallel.DistributedDataParallel):  # with one rank it fails instead of waiting
+        return not wrapped.find_unused_parameters and is_image_parameter_trained(trainer)
+    return trainer.args.world_size > 1 and is_sharded(trainer)
 
 
 def check_images_and_collectives(
@@ -128,21 +132,17 @@ def check_images_and_collectives(
     """
     without = int((shapes.num_images == 0).sum())
     wrapped = trainer.model_wrapped
-    if without in (0, len(shapes)):
+    if without in (0, len(shapes)) or not needs_image_everywhere(trainer):
         return False
-    if isinstance(wrapped, torch.nn.parallel.DistributedDataParallel):  # with one rank it fails instead of waiting
-        if wrapped.find_unused_parameters or not is_image_parameter_trained(trainer):
-            return False
+    if isinstance(wrapped, torch.nn.parallel.DistributedDataParallel):
         what = "never uses the vision encoder, and DDP with find_unused_parameters=False then waits for ever"
         remedy = (
             " or set ddp_find_unused_parameters=True (with gradient_checkpointing_kwargs={'use_reentrant': False} if "
             "you use gradient checkpointing)"
         )
-    elif trainer.args.world_size > 1 and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+    else:
         what = "skips the collectives of the vision encoder that the others run, and all wait for ever"
         remedy = " train on the samples with images, or use DDP"
-    else:
-        return False
     per_step = samples_per_step * (1 - without / len(shapes))
     if fills or (spreads and per_step >= groups_per_step):
         return True  # the sampler looks at every step
@@ -154,24 +154,38 @@ def check_images_and_collectives(
     )
 
 
-def adds_dummy_images(dataloader: Any, shapes: Shapes, image_token_id: int | None) -> bool:
-    """Whether the collator gives a microbatch without images a row with one, from which nothing is learned."""
+def adds_dummy_images(dataloader: Any, shapes: Shapes, image_token_id: int | None) -> int:
+    """Tokens of the row, with an image and no label, that the collator adds to a microbatch without images, or 0."""
     bare = np.flatnonzero(shapes.num_images == 0)
     if not bare.size or image_token_id is None or len(dataloader.dataset) != len(shapes):
-        return False
+        return 0
     with _kept_random_state():
         batch = dataloader.collate_fn([dataloader.dataset[int(bare[0])]])
-    return len(_without_dummy(batch, 1, image_token_id)["input_ids"]) < len(batch["input_ids"])
+    own = _without_dummy(batch, 1, image_token_id)["input_ids"]
+    if own.numel() == batch["input_ids"].numel():
+        return 0
+    if own.shape[0] == 1 and len(batch["input_ids"]) == 1:  # joined
+        return int(batch["input_ids"].shape[1] - own.shape[1])
+    return int(batch["attention_mask"][-1].sum()) if "attention_mask" in batch else int(own.shape[1])
 
 
 def _without_dummy(batch: Any, num_rows: int, image_token_id: int | None) -> dict[str, Any]:
-    """The text tensors of a padded batch, without a last row that holds an image and no label."""
+    """The text tensors of a batch, padded or joined, without a last sample that holds an image and no label."""
     ids = batch["input_ids"]
     kept = {key: batch[key] for key in ("input_ids", "attention_mask", "labels") if key in batch}
-    if image_token_id is None or "labels" not in batch or ids.shape[0] != num_rows + 1:
+    if image_token_id is None or "labels" not in batch:
         return kept
-    is_dummy = bool((batch["labels"][-1] == -100).all() and (ids[-1] == image_token_id).any())
-    return {key: value[:-1] for key, value in kept.items()} if is_dummy else kept
+    if ids.shape[0] == num_rows + 1:
+        is_dummy = bool((batch["labels"][-1] == -100).all() and (ids[-1] == image_token_id).any())
+        return {key: value[:-1] for key, value in kept.items()} if is_dummy else kept
+    if ids.shape[0] == 1 and "position_ids" in batch:
+        # A joined row: samples begin where the position in the sample, which comes first, is zero.
+        position = batch["position_ids"].reshape(-1, ids.shape[1])[0]
+        starts = (position == 0).nonzero().flatten().tolist()
+        end = starts[-1] if len(starts) == num_rows + 1 else ids.shape[1]
+        if bool((batch["labels"][0, end:] == -100).all() and (ids[0, end:] == image_token_id).any()):
+            return {key: batch[key][:, :end] for key in ("input_ids", "labels")}
+    return kept
 
 
 def check_processor(trainer: Any, dataset: Any) -> None:
@@ -229,17 +243,18 @@ def check_samples(dataloader: Any, shapes: Shapes, image_token_id: int | None, c
     return bool(rows.shape[0] == min(2, len(picked)))
 
 
-def check_packed_samples(trainer: Any, dataset: Any, shapes: Shapes) -> None:
-    """Run [`check_packing`] on the shortest samples when a [`PackedCollator`] joins them.
+def check_packed_samples(trainer: Any, dataset: Any, collate: Any, shapes: Shapes) -> None:
+    """Run [`check_packing`] on the shortest samples when `collate` is a [`PackedCollator`], or holds one.
 
     Every rank runs the same forward passes, so that a sharded model may take part.
 
     Raises:
         ModelError: the model does not keep joined samples apart.
     """
-    collator = trainer.data_collator
+    collator = collate
     while not isinstance(collator, PackedCollator):
-        collator = getattr(collator, "collator", None)  # one that counts or logs, around the one that packs
+        # One that counts or logs, or Trainer's that drops columns, around the one that packs.
+        collator = getattr(collator, "collator", getattr(collator, "data_collator", None))
         if collator is None:
             return
     if len(shapes) < 2:
@@ -249,8 +264,7 @@ def check_packed_samples(trainer: Any, dataset: Any, shapes: Shapes) -> None:
     picked = [*order[has_image][:2], *order[~has_image][:1]]
     if len(picked) < 2:
         picked = list(order[:2])
-    is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-    model = trainer.model_wrapped if is_sharded else trainer.accelerator.unwrap_model(trainer.model)
+    model = trainer.model_wrapped if is_sharded(trainer) else trainer.accelerator.unwrap_model(trainer.model)
     with _kept_random_state():
         found = check_packing(model, collator, [dataset[int(index)] for index in picked])
     logger.info(

@@ -2,11 +2,24 @@
 
 from typing import Any
 
+import numpy as np
 import torch
+from torch.distributed.fsdp import FSDPModule
 
-from hf_dflop.cost import Trainable
+from hf_dflop.cost import CostModel, Trainable
+from hf_dflop.data.dummies import Dummy
+from hf_dflop.data.structure import DENSE, ModelStructure
+from hf_dflop.shapes import Shapes
 
-__all__ = ["choose_objective", "describe_training", "image_parameters", "is_image_parameter_trained"]
+__all__ = [
+    "choose_objective",
+    "computes_all_pairs",
+    "describe_training",
+    "dummy_of",
+    "image_parameters",
+    "is_image_parameter_trained",
+    "is_sharded",
+]
 
 
 def choose_objective(trainer: Any) -> str:
@@ -15,11 +28,11 @@ def choose_objective(trainer: Any) -> str:
     `"stage"` for FSDP and ZeRO-3 (ranks meet in every layer), `"slot"` where they meet after every microbatch (TRL
     trainers gather metrics in `compute_loss`; ZeRO-1/2 and `sync_each_batch` reduce each backward), else `"step"`.
     """
-    if trainer.is_fsdp_enabled:
-        return "stage"
     if trainer.is_deepspeed_enabled:
         plugin = trainer.accelerator.state.deepspeed_plugin
         return "stage" if plugin is not None and plugin.zero_stage == 3 else "slot"
+    if is_sharded(trainer):
+        return "stage"
     if any(cls.__module__.partition(".")[0] == "trl" for cls in type(trainer).__mro__):
         return "slot"
     if trainer.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False):
@@ -27,8 +40,15 @@ def choose_objective(trainer: Any) -> str:
     return "step"
 
 
+def is_sharded(trainer: Any) -> bool:
+    """Whether ranks hold shards of the model: FSDP (by accelerate, or when the model was loaded) or DeepSpeed."""
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        return True
+    return any(isinstance(module, FSDPModule) for module in trainer.model_wrapped.modules())
+
+
 def describe_training(trainer: Any) -> dict[str, Any]:
-    """Keyword arguments for `CostModel.analytic`: which modules are trained, and activation checkpointing."""
+    """Keyword arguments for `CostModel.analytic`: what is trained, activation checkpointing, kind of attention."""
     model = _plain_model(trainer)
     llm = _llm_parameters(model)
     size = sum(parameter.numel() for parameter in llm.values())
@@ -45,7 +65,36 @@ def describe_training(trainer: Any) -> dict[str, Any]:
             llm_adapters=0 < 2 * trained <= size,
         ),
         "checkpointing": bool(trainer.args.gradient_checkpointing),
+        # A padded or joined microbatch has a mask, under which dense attention computes the upper half, too.
+        "causal_factor": 1.0 if computes_all_pairs(trainer) else 0.5,
     }
+
+
+def computes_all_pairs(trainer: Any) -> bool:
+    """Whether the LLM's attention computes everything under its mask (SDPA, eager), or skips what is masked."""
+    return ModelStructure.of(_plain_model(trainer)).attention in DENSE
+
+
+def dummy_of(cost_model: CostModel, shapes: Shapes, tokens: int) -> Dummy | None:
+    """What a dummy row of so many tokens costs; its patches as those of the dataset's images, by token.
+
+    Args:
+        cost_model ([`CostModel`]): shapes → seconds.
+        shapes ([`Shapes`]): of the dataset.
+        tokens (`int`): LLM positions of the row; 0 for no such row.
+    """
+    if not tokens or not int(shapes.image_tokens.sum()):
+        return None
+    patches = -(-tokens * int(shapes.image_patches.sum()) // int(shapes.image_tokens.sum()))
+    counts = {"num_images": 1, "image_tiles": 1, "image_patches": patches, "image_patches_sq": patches**2}
+    row = Shapes(
+        **{name: np.array([count]) for name, count in counts.items()},
+        image_tokens=np.array([tokens]),
+        text_tokens=np.array([0]),
+        label_tokens=np.array([0]),
+    )
+    vision_s, llm_s = cost_model.sample_seconds(row)[0]
+    return Dummy(vision_s=float(vision_s), llm_s=float(llm_s), tokens=tokens, patches=patches)
 
 
 def is_image_parameter_trained(trainer: Any) -> bool:

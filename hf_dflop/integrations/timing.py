@@ -9,9 +9,8 @@ The border between `busy` and `sync` lies *inside* the last backward: it is the 
 rank was accumulated, seen by a post-accumulate-grad hook. On CUDA it is an event on the compute stream, so that
 nothing is synchronised during the step.
 
-Assumptions: gradients meet once per step (DDP with accumulation). Where ranks meet more often (FSDP), the waiting
-inside the forward is counted as busy, and where parameters never see a post-accumulate hook (FSDP shards) `sync_s`
-is NaN.
+Assumptions: gradients meet once per step (DDP with accumulation). Where parameters are sharded (FSDP), ranks meet in
+every layer, busy and waiting cannot be told apart in this way, and `sync_s` is NaN.
 """
 
 import time
@@ -100,7 +99,8 @@ class StepTimer:
         self._hooks = [
             parameter.register_post_accumulate_grad_hook(self._on_gradient)
             for parameter in model.parameters()
-            if parameter.requires_grad
+            # Under FSDP, ranks wait for each other all through the step, and this border would hide it.
+            if parameter.requires_grad and not hasattr(parameter, "full_tensor")
         ]
 
     def _on_gradient(self, _: torch.Tensor) -> None:

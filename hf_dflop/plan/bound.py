@@ -108,7 +108,9 @@ def layout_bounds(
             np.maximum(np.maximum(first, l_most * llm_layer), last) / l_dp,
         ),
     )
-    way = np.stack([workload.longest(*again, int(lay.v_tp), int(lay.l_tp)) for lay in found]) if found else load
+    pairs, which = np.unique(table[:, [0, 3]], axis=0, return_inverse=True)
+    ways = [workload.longest(*again, int(tp[0]), int(tp[1])) for tp in pairs]
+    way = np.array(ways)[which.reshape(-1)] if found else load
     bound = np.maximum(load, way)
     return np.where(np.isnan(held[:, :1]), np.inf, bound)
 

@@ -25,6 +25,8 @@ __all__ = ["Composer", "Composition"]
 FloatArray = npt.NDArray[np.float64]
 PROPOSALS_PER_MICROBATCH = 100
 """Changes that the balancer tries while plans are compared; the sampler tries more."""
+MAX_PROPOSALS = 20_000
+"""Of one batch, so that a composition for thousands of GPUs does not take seconds."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -75,7 +77,7 @@ class Composer:
             objective=objective,
             padded=self.workload.padded,
             baseline=stock,
-            proposals=PROPOSALS_PER_MICROBATCH * replicas * num,
+            proposals=min(MAX_PROPOSALS, PROPOSALS_PER_MICROBATCH * replicas * num),
         ).groups
 
     def _composition(

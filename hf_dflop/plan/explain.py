@@ -10,7 +10,7 @@ from hf_dflop.plan.plan import Plan
 if TYPE_CHECKING:
     from hf_dflop.plan.make_plan import Planning
 
-__all__ = ["explain", "limits", "planning_dict"]
+__all__ = ["explain", "limits", "planning_dict", "seconds_text"]
 
 
 def limits(planning: "Planning", plan: Plan | None = None) -> dict[str, float]:
@@ -37,9 +37,15 @@ def _hours(planning: "Planning", score: Score) -> float:
     return score.mean_s * steps * planning.cluster.num_gpus / 3600
 
 
+def seconds_text(seconds: float) -> str:
+    """Three digits, with a unit that suits."""
+    return f"{seconds:.3g} s" if abs(seconds) >= 1 else f"{1e3 * seconds:.3g} ms"
+
+
 def _score_line(score: Score) -> str:
+    low, high, most = seconds_text(score.low_s), seconds_text(score.high_s), seconds_text(score.p95_s)
     return (
-        f"{score.mean_s:.3f} s a step ({score.low_s:.3f} to {score.high_s:.3f}; 95 % below {score.p95_s:.3f}), "
+        f"{seconds_text(score.mean_s)} a step ({low} to {high}; 95 % below {most}), "
         f"GPUs compute {1 - score.idle_fraction:.0%} of it, {score.peak_bytes / 2**30:.1f} GiB at most"
     )
 
@@ -54,8 +60,9 @@ def explain(planning: "Planning") -> str:
         f"  {describe_layout(plan)}",
         f"  {_score_line(score)}",
         f"  layers of each stage: vision {list(plan.vision.layers)}, LLM {list(plan.llm.layers)}",
-        f"  per step a GPU of the encoder computes {parts['vision_s']:.3f} s, of the LLM {parts['llm_s']:.3f} s; "
-        f"{parts['other_s']:.3f} s are waiting, fill and drain, and communication. The {largest} limits it.",
+        f"  per step a GPU of the encoder computes {seconds_text(parts['vision_s'])}, of the LLM "
+        f"{seconds_text(parts['llm_s'])}; {seconds_text(parts['other_s'])} are waiting, fill and drain, and "
+        f"communication. The {largest} limits it.",
     ]
     hours = _hours(planning, score)
     cost = ""
@@ -96,7 +103,7 @@ def _why(planning: "Planning", plan: Plan, score: Score) -> str:
         "its LLM ranks compute longer": theirs["llm_s"] - ours["llm_s"],
     }
     reason, seconds = max(losses.items(), key=lambda item: item[1])
-    return f"{reason} ({seconds:+.3f} s)" if seconds > 0 else "about the same"
+    return f"{reason} (by {seconds_text(seconds)})" if seconds > 0 else "about the same"
 
 
 def planning_dict(planning: "Planning") -> dict[str, Any]:

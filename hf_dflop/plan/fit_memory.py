@@ -23,7 +23,7 @@ from hf_dflop.plan.compose import Composition
 from hf_dflop.plan.plan import Plan
 from hf_dflop.plan.workload import Workload
 
-__all__ = ["MemoryRule", "in_flight", "rank_bytes", "static_bytes"]
+__all__ = ["MemoryRule", "RankMemories", "in_flight", "rank_bytes", "rank_memories"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,14 +50,6 @@ class MemoryRule:
             llm_checkpointing=plan.llm.checkpointing,
             zero_stage=3 if plan.fsdp_shards > 1 else 0,
             shards=plan.fsdp_shards,
-        )
-
-    def optimizer_traffic_bytes(self, plan: Plan, spec: ModelSpec) -> float:
-        """Bytes that the optimizer reads and writes on the rank that holds most."""
-        settings = self.settings_of(plan)
-        held = [_memory(spec, layers, settings, *tp) for layers, *tp in _rank_layers(plan)]
-        return max(
-            2 * memory.optimizer_bytes + 2 * memory.parameters_bytes + memory.gradients_bytes for memory in held
         )
 
 
@@ -110,16 +102,40 @@ def _largest_sums(counts: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     return np.cumsum(np.sort(counts, axis=1)[:, ::-1], axis=1).max(axis=0)
 
 
-def static_bytes(plan: Plan, spec: ModelSpec, rule: MemoryRule) -> tuple[float, ...]:
-    """Bytes of each pipeline rank before any microbatch: parameters, gradients, optimizer state."""
+@dataclass(frozen=True, slots=True, eq=False)
+class RankMemories:
+    """What `rank_bytes` needs of the layers of each pipeline rank, `(num_pipeline_ranks,)` each, in bytes."""
+
+    static: npt.NDArray[np.float64]
+    kept: npt.NDArray[np.float64]
+    """`(2, num_pipeline_ranks)`: per encoder position, per LLM token, from forward to backward."""
+    extra: npt.NDArray[np.float64]
+    """The same, while a microbatch computes."""
+    optimizer_traffic: float
+    """That the optimizer reads and writes, on the rank that holds most."""
+
+
+def rank_memories(plan: Plan, spec: ModelSpec, rule: MemoryRule) -> RankMemories:
+    """Of a plan's layers; replicas, microbatches and the schedule make no difference."""
     settings = rule.settings_of(plan)
-    return tuple(_memory(spec, layers, settings, *tp).static_bytes for layers, *tp in _rank_layers(plan))
+    held = [_memory(spec, layers, settings, *tp) for layers, *tp in _rank_layers(plan)]
+    return RankMemories(
+        np.array([one.static_bytes for one in held]),
+        np.array([[getattr(one, name).kept_per_token_bytes for one in held] for name in ("vision", "llm")]),
+        np.array([[getattr(one, name).extra_per_token_bytes for one in held] for name in ("vision", "llm")]),
+        max(2 * one.optimizer_bytes + 2 * one.parameters_bytes + one.gradients_bytes for one in held),
+    )
+
+
+@lru_cache(maxsize=2048)
+def _largest_of(made: Composition) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    return _largest_sums(made.positions), _largest_sums(made.tokens)
 
 
 def rank_bytes(
     plan: Plan,
     workload: Workload,
-    rule: MemoryRule,
+    held: RankMemories,
     stage_rank: tuple[int, ...],
     order: CompiledOrder,
     batches: list[Composition],
@@ -127,7 +143,8 @@ def rank_bytes(
     """Bytes of each pipeline rank.
 
     Args:
-        plan (`Plan`), workload (`Workload`), rule (`MemoryRule`): of one model.
+        plan (`Plan`), workload (`Workload`): of one model.
+        held (`RankMemories`): of the plan's layers.
         stage_rank: pipeline rank of each stage.
         order (`CompiledOrder`): how many microbatches are in flight.
         batches (`list[Composition]`): the microbatches that run; without them a lower limit.
@@ -135,29 +152,25 @@ def rank_bytes(
     Returns:
         `(num_pipeline_ranks,)`; a pipeline rank's stages are counted as if each were at its fullest at the same time.
     """
-    settings = rule.settings_of(plan)
-    memories = [_memory(workload.spec, layers, settings, *tp) for layers, *tp in _rank_layers(plan)]
-    num_vision = plan.vision.num_stages
-    flying = in_flight(order)
     if batches:
-        sums_of = [(_largest_sums(made.positions), _largest_sums(made.tokens)) for made in batches]
+        sums_of = [_largest_of(made) for made in batches]
     else:  # the k largest microbatches of the fullest replica hold no less than k mean ones
         counts = np.arange(1, plan.num_microbatches + 1) / plan.num_microbatches
         sums_of = [
             (counts * batch.image_patches.sum() / plan.vision.dp, counts * batch.llm_tokens.sum() / plan.llm.dp)
             for batch in workload.batches
         ]
-    total = np.zeros((len(sums_of), len(memories)))
-    for b, (positions, tokens) in enumerate(sums_of):
-        for rank, memory in enumerate(memories):
-            bytes_ = memory.static_bytes
-            own = [stage for stage, at in enumerate(stage_rank) if at == rank]
-            for module, sums, part in (("vision", positions, memory.vision), ("llm", tokens, memory.llm)):
-                stages = [stage for stage in own if (stage < num_vision) == (module == "vision")]
-                if not stages:
-                    continue
-                # layers of a rank's stages are alike: kept bytes go with each stage's share of them
-                count = sum(sums[min(flying[stage], sums.size) - 1] for stage in stages) / len(stages)
-                bytes_ += part.kept_per_token_bytes * count + part.extra_per_token_bytes * sums[0]
-            total[b, rank] = bytes_
-    return tuple(total.max(axis=0).tolist())
+    ranks = np.array(stage_rank)
+    flying = np.minimum(in_flight(order), plan.num_microbatches) - 1
+    num_ranks, num_vision = held.static.size, plan.vision.num_stages
+    most = np.zeros(num_ranks)
+    modules = (slice(0, num_vision), slice(num_vision, None))
+    numbers = [np.bincount(ranks[own], minlength=num_ranks) for own in modules]
+    for sums in sums_of:
+        total = held.static.copy()
+        for module, own in enumerate(modules):
+            # layers of a rank's stages are alike: kept bytes go with each stage's share of them
+            count = np.bincount(ranks[own], sums[module][flying[own]], num_ranks) / np.maximum(numbers[module], 1)
+            total += held.kept[module] * count + held.extra[module] * sums[module][0] * (numbers[module] > 0)
+        np.maximum(most, total, out=most)
+    return tuple(most.tolist())

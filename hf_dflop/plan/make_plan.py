@@ -184,6 +184,7 @@ def make_plan(
             "idle_fraction": score.idle_fraction,
             "peak_bytes": score.peak_bytes,
             "samples_per_s": global_batch_size / score.mean_s,
+            "cluster": cluster.to_dict(),
         },
     )
     return Planning(

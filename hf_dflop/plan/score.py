@@ -19,7 +19,7 @@ import numpy.typing as npt
 from hf_dflop.plan.cluster import Cluster
 from hf_dflop.plan.compiled import CompiledOrder, compile_schedule, compiled, step_seconds
 from hf_dflop.plan.compose import Composer, Composition
-from hf_dflop.plan.fit_memory import MemoryRule, rank_bytes, static_bytes
+from hf_dflop.plan.fit_memory import MemoryRule, RankMemories, rank_bytes, rank_memories
 from hf_dflop.plan.order_greedy import greedy_actions
 from hf_dflop.plan.plan import Plan
 from hf_dflop.plan.stage_seconds import StageSeconds, first_backward_stage
@@ -29,6 +29,8 @@ from hf_dflop.plan.workload import Workload
 __all__ = ["Scorer"]
 
 FloatArray = npt.NDArray[np.float64]
+ROUNDING = 1e-9
+"""By which a bound is lowered: it adds the same seconds as the simulator, in another sequence."""
 
 
 class Scorer:
@@ -47,12 +49,13 @@ class Scorer:
         self._memory, self._slowdown = cluster.memory(), cluster.slowdown()
         self.is_mixed = len({group.gpu for group in cluster.groups}) > 1
         self.num_simulated = 0
+        self._memories: dict[tuple[object, ...], RankMemories] = {}
         self.bytes_of = lru_cache(maxsize=65536)(self._bytes_of)
 
-    def seconds(self, plan: Plan, batch: int) -> float:
-        """Seconds of a step with one of the workload's batches."""
+    def seconds(self, plan: Plan, batch: int, stages: StageSeconds | None = None) -> float:
+        """Seconds of a step with one of the workload's batches; `stages`: those of plan and batch, where at hand."""
         self.num_simulated += 1
-        stages = self.stages(plan, batch)
+        stages = stages or self.stages(plan, batch)
         durations = step_durations(
             plan,
             self.workload.cost,
@@ -63,20 +66,32 @@ class Scorer:
         )
         return step_seconds(self.order(plan), durations)
 
-    def composed_bound(self, plan: Plan, batch: int) -> float:
+    def composed_bound(self, plan: Plan, stages: StageSeconds) -> float:
         """Seconds that no order of these microbatches goes below, if the first one stays the first: for each line, the
-        first microbatch's way to it and all that it computes."""
-        stages = self.stages(plan, batch)
+        first microbatch's way to it and all that it computes. In 1F1B the last microbatch is the last everywhere: its
+        way back comes after that."""
         ranks = plan_stage_ranks(plan)
+        num_vision = plan.vision.num_stages
         busy: dict[int, FloatArray] = {}
         for stage, rank in enumerate(ranks):
             busy[rank] = busy.get(rank, 0.0) + (stages.forward[stage] + stages.backward[stage]).sum(axis=1)
-        way, found = 0.0, 0.0
+        drains = plan.schedule == "1f1b" and plan.placement == "disjoint" and plan.llm.num_chunks == 1
+        way = found = 0.0
+        back_vision = back_llm = 0.0
+        # encoder replicas wait for the way back of the LLM replicas whose images they have
+        joined = drains and bool((stages.image_tokens[:, -1] > 0).all())
         for stage, rank in enumerate(ranks):
             if ranks.index(rank) == stage:
-                found = max(found, way + float(busy[rank].max()) if way == 0 else way + float(busy[rank].min()))
+                own = float(busy[rank].max()) if way == 0 else float(busy[rank].min())
+                if drains and stage >= num_vision:
+                    own += back_llm + (back_vision if joined else 0.0)
+                found = max(found, way + own)
             way += float(stages.forward[stage][:, 0].min())
-        return found
+            if stage < num_vision:
+                back_vision += float(stages.backward[stage][:, -1].min())
+            else:
+                back_llm += float(stages.backward[stage][:, -1].min())
+        return (found + self.optimizer_s(plan)) * (1 - ROUNDING)
 
     def all_seconds(self, plan: Plan) -> FloatArray:
         """Seconds of a step with each batch, `(num_batches,)`."""
@@ -163,11 +178,21 @@ class Scorer:
         return rank_bytes(
             plan,
             self.workload,
-            self.rule,
+            self._held(plan),
             plan_stage_ranks(plan),
             self.order(plan),
             [self.composed(plan, batch) for batch in batches],
         )
+
+    def _held(self, plan: Plan) -> RankMemories:
+        vision, llm = plan.vision, plan.llm
+        key = (
+            plan.placement, vision.tp, llm.tp, vision.layers, llm.layers, llm.num_chunks, vision.checkpointing,
+            llm.checkpointing, plan.fsdp_shards,
+        )  # fmt: skip
+        if key not in self._memories:
+            self._memories[key] = rank_memories(plan, self.workload.spec, self.rule)
+        return self._memories[key]
 
     def fits(self, plan: Plan, *, composed: bool) -> bool:
         """Whether every rank has room; `composed=False` is quick, and true where the full answer is true."""
@@ -175,12 +200,11 @@ class Scorer:
 
     def static_need(self, plan: Plan) -> float:
         """Bytes of weights and optimizer state ÷ room, of the fullest rank."""
-        return float((np.array(static_bytes(plan, self.workload.spec, self.rule)) / self.room(plan)).max())
+        return float((self._held(plan).static / self.room(plan)).max())
 
     def optimizer_s(self, plan: Plan) -> float:
         """Seconds of the optimizer: it reads and writes all that it holds, on the rank that holds most."""
-        held = self.rule.optimizer_traffic_bytes(plan, self.workload.spec)
-        return held / self.cluster.reference.memory_bytes_per_s
+        return self._held(plan).optimizer_traffic / self.cluster.reference.memory_bytes_per_s
 
 
 @lru_cache(maxsize=4096)

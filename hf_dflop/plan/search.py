@@ -26,6 +26,8 @@ __all__ = ["KINDS", "Candidate", "SearchResult", "kind_of", "search"]
 
 KINDS: tuple[str, ...] = ("DDP", "FSDP", "HSDP", "colocated", "disjoint")
 FloatArray = npt.NDArray[np.float64]
+BLOCK = 32_768
+"""Layouts that are bounded together: 16,384 GPUs have more than a million."""
 NEAR = 1.25
 """The best plan of a kind is found exactly where it is within this factor of the best of the kinds before it."""
 
@@ -100,8 +102,11 @@ def search(
     rules = constraints or Constraints()
     done = 0
     overall = np.inf
+    by_kind: dict[str, list[Layout]] = {}
+    for layout in found:
+        by_kind.setdefault(kind_of(layout), []).append(layout)
     for kind in KINDS:
-        of_kind = [layout for layout in found if kind_of(layout) == kind]
+        of_kind = by_kind.pop(kind, [])
         if not of_kind or kind not in kinds:
             done += len(of_kind)
             continue
@@ -161,12 +166,38 @@ def _note_closest(result: SearchResult, need: float, plan: Plan) -> None:
 
 def _bounds(scorer: Scorer, of_kind: Sequence[Layout], schedules: Sequence[str]) -> FloatArray:
     """`(num_layouts, num_batches)`, over the schedules; without recomputation, which only adds."""
-    chunks = {2 if schedule == "interleaved" else 1 for schedule in schedules}
-    tables = [
-        layout_bounds(scorer.workload, scorer.cluster, of_kind, Variant(num_chunks=num), wire_bytes=scorer.wire_bytes)
-        for num in sorted(chunks | {1})
-    ]
-    return np.min(tables, axis=0)
+    chunks = sorted({2 if schedule == "interleaved" else 1 for schedule in schedules} | {1})
+    blocks = []
+    for first in range(0, len(of_kind), BLOCK):
+        some = of_kind[first : first + BLOCK]
+        tables = [
+            layout_bounds(scorer.workload, scorer.cluster, some, Variant(num_chunks=num), wire_bytes=scorer.wire_bytes)
+            for num in chunks
+        ]
+        blocks.append(np.min(tables, axis=0))
+    return np.concatenate(blocks)
+
+
+class _SharperBounds:
+    """Bounds of one layout under each recomputation and number of chunks, made when asked for."""
+
+    def __init__(self, scorer: Scorer, layout: Layout) -> None:
+        self._scorer, self._layout = scorer, layout
+        self._known: dict[tuple[tuple[bool, bool], int], FloatArray] = {}
+
+    def of(self, again: tuple[bool, bool], num_chunks: int) -> FloatArray:
+        """`(num_batches,)` seconds."""
+        key = (again, num_chunks)
+        if key not in self._known:
+            scorer = self._scorer
+            self._known[key] = layout_bounds(
+                scorer.workload,
+                scorer.cluster,
+                [self._layout],
+                Variant(*again, num_chunks),
+                wire_bytes=scorer.wire_bytes,
+            )[0]
+        return self._known[key]
 
 
 def _best_of_layout(
@@ -182,6 +213,7 @@ def _best_of_layout(
 ) -> Candidate | None:
     """The best of `best` and the layout's plans that score below `limit`."""
     workload = scorer.workload
+    sharper = _SharperBounds(scorer, layout)
     full: set[str] = set()  # schedules for which even this many, this small microbatches do not fit
     for schedule, chunks, count in draft_plans(layout, len(workload.batches[0]), schedules):
         if schedule in full:
@@ -197,12 +229,17 @@ def _best_of_layout(
                 result.rejected[broken] += 1
                 full.discard(schedule)
                 continue
+            known = np.maximum(bounds, sharper.of(again, chunks))
+            if known.mean() >= limit:  # whether it fits does not matter, unless one with more recomputation wins
+                full.discard(schedule)
+                slower.append(plan)
+                continue
             if not scorer.fits(plan, composed=False):
                 _note_misfit(scorer, plan, result)
                 continue
             full.discard(schedule)
             # seconds first: bytes need all batches composed
-            seconds = _score(scorer, plan, bounds, limit)
+            seconds = _score(scorer, plan, known, limit)
             if seconds is not None and scorer.fits(plan, composed=True):
                 if not any(scorer.fits(less, composed=True) for less in slower):
                     best = Candidate(plan=plan, seconds=seconds)
@@ -220,11 +257,11 @@ def _score(scorer: Scorer, plan: Plan, bounds: FloatArray, limit: float) -> Floa
     """Seconds of every batch; None as soon as their mean cannot be below `limit`."""
     known = bounds.copy()
     for batch in range(known.size):
-        if plan.schedule != "1f1b":  # its order is slow to make
-            known[batch] = max(known[batch], scorer.composed_bound(plan, batch))
-            if known.mean() >= limit:
-                return None
-        known[batch] = scorer.seconds(plan, batch)
+        stages = scorer.stages(plan, batch)
+        known[batch] = max(known[batch], scorer.composed_bound(plan, stages))
+        if known.mean() >= limit:
+            return None
+        known[batch] = scorer.seconds(plan, batch, stages)
         if known.mean() >= limit:
             return None
     return known

@@ -5,12 +5,14 @@ that the stage with the most work has as little as possible.
 """
 
 import heapq
+from functools import lru_cache
 
 from hf_dflop.errors import PlanError
 
 __all__ = ["split_layers"]
 
 
+@lru_cache(maxsize=16384)
 def split_layers(
     num_layers: int, num_stages: int, *, first_extra: float = 0.0, last_extra: float = 0.0, at_least: int = 1
 ) -> tuple[int, ...]:

@@ -1,5 +1,6 @@
 """Which parts of a model each stage of a plan holds, and how many parameters that is."""
 
+from functools import lru_cache
 from typing import NamedTuple
 
 from hf_dflop.cost import ModelSpec
@@ -36,9 +37,14 @@ class StageParameters(NamedTuple):
     trained: float
 
 
+@lru_cache(maxsize=256)
+def _counts(spec: ModelSpec, tp: int) -> dict[str, float]:
+    return dict(parameter_counts(spec, tp=tp))
+
+
 def stage_parameters(plan: Plan, spec: ModelSpec) -> list[StageParameters]:
     """Parameters of each stage of a plan, the encoder's first."""
-    counts = {"vision": parameter_counts(spec, tp=plan.vision.tp), "llm": parameter_counts(spec, tp=plan.llm.tp)}
+    counts = {"vision": _counts(spec, plan.vision.tp), "llm": _counts(spec, plan.llm.tp)}
     found = []
     for held in stage_parts(plan):
         copies = held.copies

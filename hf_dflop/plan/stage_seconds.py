@@ -20,7 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from hf_dflop.cost import CostModel, Trainable
-from hf_dflop.cost.flops import llm_terms, vision_terms
+from hf_dflop.cost.flops import encoder_counts, llm_terms, vision_terms
+from hf_dflop.cost.from_profile import DIRECTIONS
 from hf_dflop.errors import PlanError
 from hf_dflop.plan.plan import Plan
 from hf_dflop.shapes import Shapes
@@ -87,6 +88,22 @@ def sample_seconds(plan: Plan, cost: CostModel, shapes: Shapes) -> SampleSeconds
     if plan.cached_features:
         vision_forward = vision_s = np.zeros(len(shapes))
     llm = replace(cost, trainable=trainable, checkpointing=plan.llm.checkpointing)
+    if cost.profile is not None:
+        lengths = shapes.llm_tokens.astype(np.float64)
+        ways = {
+            (module, way): llm.measured_s(module, way, lengths, lengths**2)
+            for module in ("llm", "llm_head")
+            for way in DIRECTIONS
+        }
+        return SampleSeconds(
+            vision_forward=vision_forward,
+            vision_backward=vision_s - vision_forward,
+            llm_forward=ways["llm", "forward"],
+            llm_backward=ways["llm", "backward"],
+            head_forward=ways["llm_head", "forward"],
+            head_backward=ways["llm_head", "backward"],
+            overhead_s=cost.per_microbatch_s,
+        )
     terms = llm_terms(spec, shapes.llm_tokens, causal_factor=cost.causal_factor)
     head_forward = terms["llm_head"] / cost.rates.llm_linear
     forward = terms["llm_linear"] / cost.rates.llm_linear + terms["llm_attention"] / cost.rates.llm_attention
@@ -104,6 +121,8 @@ def sample_seconds(plan: Plan, cost: CostModel, shapes: Shapes) -> SampleSeconds
 
 
 def _vision(cost: CostModel, shapes: Shapes) -> tuple[FloatArray, FloatArray]:
+    if cost.profile is not None:
+        return cost.measured_s("vision", "forward", *encoder_counts(cost.spec, shapes)), cost.vision_s(shapes)
     terms = dict(vision_terms(cost.spec, shapes))
     attention = terms.pop("vision_attention") / cost.rates.vision_attention
     forward = np.sum(list(terms.values()), axis=0) / cost.rates.vision_linear + attention

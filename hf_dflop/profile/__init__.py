@@ -14,6 +14,7 @@ merge.py     the profiles of all parts of a dataset → the profile of the whole
 waiting.py   how long ranks would wait for each other
 figures.py   the figures of the page
 page.py      one self-contained HTML page
+measure*.py  what a model's parts take on this machine: `measure_model`, its grid, groups, shards, clock and bar
 """
 
 from hf_dflop.profile.bad_rows import RowError

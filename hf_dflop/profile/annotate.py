@@ -5,15 +5,18 @@ once: the image token is a special token of its own, so folding a run of k remov
 no other, whatever the text around the image merges to. Only rows longer than `max_length` are tokenised in full.
 """
 
+import gc
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hf_dflop.errors import DatasetError, DflopError, ProcessorError
-from hf_dflop.profile.tokens import ImageCount, TokenCounter
+from hf_dflop.errors import DatasetError, DflopError
+from hf_dflop.profile.image_count import ImageCount
+from hf_dflop.profile.tokenise import Tokeniser, count_tokens
+from hf_dflop.profile.tokens import TokenCounter
 from hf_dflop.rows import Layout, Rendered, Renderer, Row, image_size, read_row
-from hf_dflop.rows.labels import Span, expand, labelled
+from hf_dflop.rows.labels import Span, expand
 from hf_dflop.shapes import COLUMN_PREFIX, SHAPE_COLUMNS
 
 if TYPE_CHECKING:
@@ -49,15 +52,18 @@ class Annotator:
         self.max_length = max_length
         self.raises = raises
         self.renderer = Renderer(counter.processor, labels)
-        self.tokenizer = counter.processor.tokenizer
-        if not getattr(self.tokenizer, "is_fast", False):
-            raise ProcessorError(
-                f"{type(self.tokenizer).__name__} is not a fast tokenizer; the offsets of its tokens are needed to "
-                "tell which are learned"
-            )
+        self.tokenise = Tokeniser(counter.processor.tokenizer)
+        self._feature_id = counter.token.feature_id
 
     def __call__(self, table: "pa.Table", indices: Sequence[int]) -> dict[str, list[Any]]:
-        return self._columns(self.count_all(self._read(table, indices)))
+        # A batch makes many small objects and no cycles; the collector would look through the whole heap for them.
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            return self._columns(self.count_all(self._read(table, indices)))
+        finally:
+            if collects:
+                gc.enable()
 
     def annotate(self, rows: Sequence[Mapping[str, Any]], indices: Sequence[int]) -> dict[str, list[Any]]:
         """The columns for rows that are Python values, images undecoded; what a stream gives."""
@@ -134,26 +140,24 @@ class Annotator:
         Raises:
             DatasetError: an image cannot be read or processed, or `max_length` would cut one; names the row.
         """
-        images = [self._images(row) for row in rows]
+        images = [self._images(row) if row.images else [] for row in rows]
         rendered = [self._prepared(self.renderer(row), row) for row in rows]
         folded = [
             expand(text.text, self.counter.token.placeholder, [image.folded for image in parts], text.spans)
+            if parts
+            else (text.text, text.spans)
             for text, parts in zip(rendered, images, strict=True)
         ]
-        tokens = self._tokenize([text for text, _ in folded], rendered)
+        tokens = self.tokenise([text for text, _ in folded], [text.add_special_tokens for text in rendered])
+        counted = count_tokens(tokens, [spans for _, spans in folded], self.renderer.labels, self._feature_id)
         results = []
-        for row, parts, text, (_, spans), (ids, offsets) in zip(rows, images, rendered, folded, tokens, strict=True):
-            runs = [run for image in parts for run in image.runs]
-            is_feature = ids == self.counter.token.feature_id
-            if int(is_feature.sum()) != len(runs):
+        for row, parts, text, (length, features, labels) in zip(rows, images, rendered, counted.tolist(), strict=True):
+            if features != sum(len(image.runs) for image in parts):
                 raise DatasetError(
                     f"{row.name}: the text itself contains the image token {self.counter.token.feature!r}"
                 )
             counts = {field: sum(getattr(image, name) for image in parts) for field, name in _SUMMED.items()}
-            counts["num_images"] = len(parts)
-            counts["text_tokens"] = len(ids) - len(runs)
-            learned = labelled(offsets, spans, self.renderer.labels) & ~is_feature
-            counts["label_tokens"] = int(learned[1:].sum())
+            counts |= {"num_images": len(parts), "text_tokens": length - features, "label_tokens": labels}
             if text.suffix is not None:
                 self._add_suffix(counts, text.suffix)
             if self.max_length is not None and counts["text_tokens"] + counts["image_tokens"] > self.max_length:
@@ -185,29 +189,9 @@ class Annotator:
         spans = [(0, len(prepared[0]))] if self.renderer.labels == "all" else []
         return Rendered(text=prepared[0], spans=spans, suffix=text.suffix)
 
-    def _tokenize(
-        self, texts: Sequence[str], rendered: Sequence[Rendered], **kwargs: Any
-    ) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Ids `(num_tokens,)` and offsets `(num_tokens, 2)` of each text."""
-        result: list[Any] = [None] * len(texts)
-        for special in (True, False):
-            picked = [i for i, text in enumerate(rendered) if text.add_special_tokens is special]
-            if not picked:
-                continue
-            encoded = self.tokenizer(
-                [texts[i] for i in picked],
-                add_special_tokens=special,
-                return_offsets_mapping=True,
-                return_attention_mask=False,
-                padding=False,
-                **{"truncation": False, **kwargs},
-            )
-            for i, ids, offsets in zip(picked, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-                result[i] = np.asarray(ids, np.int64), np.asarray(offsets, np.int64).reshape(-1, 2)
-        return result
-
     def _add_suffix(self, counts: dict[str, int], suffix: str) -> None:
-        ids = self.tokenizer(suffix + self.tokenizer.eos_token, add_special_tokens=False)["input_ids"]
+        tokenizer = self.counter.processor.tokenizer
+        ids = tokenizer(suffix + tokenizer.eos_token, add_special_tokens=False)["input_ids"]
         counts["label_tokens"] += len(ids)
         counts["text_tokens"] += len(ids)
 
@@ -221,15 +205,16 @@ class Annotator:
         placeholder = self.counter.token.placeholder
         spans: list[Span]
         full, spans = expand(text.text, placeholder, [image.replacement for image in images], text.spans)
-        (ids, offsets), *_ = self._tokenize([full], [text], truncation=True, max_length=self.max_length)
-        is_feature = ids == self.counter.token.feature_id
-        if int(is_feature.sum()) != counts["image_tokens"]:
+        kept = self.tokenise.cut(full, text.add_special_tokens, self.max_length)
+        ((num_kept, features, labels),) = count_tokens(
+            [kept], [spans], self.renderer.labels, self._feature_id
+        ).tolist()
+        if features != counts["image_tokens"]:
             raise DatasetError(
-                advice + f"the cut would keep {int(is_feature.sum())} of {counts['image_tokens']} image tokens, and "
+                advice + f"the cut would keep {features} of {counts['image_tokens']} image tokens, and "
                 "images cannot be cut: drop the row or raise max_length"
             )
-        counts["text_tokens"] = len(ids) - counts["image_tokens"]
-        counts["label_tokens"] = int((labelled(offsets, spans, self.renderer.labels) & ~is_feature)[1:].sum())
+        counts |= {"text_tokens": num_kept - features, "label_tokens": labels}
 
 
 def _said(error: Exception, name: str) -> DflopError:

@@ -11,7 +11,6 @@ of it in the dataset that is returned:
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from hf_dflop.errors import DatasetError
 
@@ -70,6 +69,6 @@ def raise_first(reasons: Mapping[int, str], num_rows: int, on_error: str) -> Non
         raise DatasetError(f"none of the {num_rows} rows is usable; the first one: {first}")
 
 
-def reasons_of(column: Any) -> dict[int, str]:
+def reasons_of(column: Sequence[str | None]) -> dict[int, str]:
     """Reasons by index, from the values of the column `dflop_error`."""
     return {index: str(reason) for index, reason in enumerate(column) if reason is not None}

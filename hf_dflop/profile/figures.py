@@ -12,8 +12,13 @@ from hf_dflop.shapes import Shapes
 __all__ = ["WAY_NAMES", "joint", "style", "subsets", "tail", "waiting"]
 
 INK, GRID = "#1f2933", "#e4e7eb"
-COLORS = {"stock": "#829ab1", "sorted": "#d9a441", "balanced": "#0b7a75"}
-WAY_NAMES = {"stock": "stock sampling", "sorted": "sorted by length", "balanced": "hf_dflop"}
+COLORS = {"stock": "#829ab1", "group_by_length": "#d9a441", "batch_rebalance": "#7b5ea7", "balanced": "#0b7a75"}
+WAY_NAMES = {
+    "stock": "stock sampling",
+    "group_by_length": "group_by_length",
+    "batch_rebalance": "batch_rebalance",
+    "balanced": "hf_dflop",
+}
 _MAX_POINTS = 5000
 """Points drawn at most, so that the page stays small; histograms count all samples."""
 

@@ -8,6 +8,7 @@ encoder patches and LLM tokens stand for cost, and waiting is not predicted.
 """
 
 import base64
+from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from hf_dflop.cost import CostModel
 from hf_dflop.errors import DflopError
 from hf_dflop.profile import figures
 from hf_dflop.profile.source import without_decoding
-from hf_dflop.profile.waiting import SAMPLES_PER_RANK, Waiting, predict_waiting
+from hf_dflop.profile.waiting import RANKS, SAMPLES_PER_RANK, Waiting, predict_waiting
 from hf_dflop.rows import load_image
 
 if TYPE_CHECKING:
@@ -36,12 +37,13 @@ _WORTH_IT = 0.05
 """Predicted saving of step time from which balancing is advised."""
 
 
-def render_page(profile: "DatasetProfile", dataset: Any = None) -> str:
+def render_page(profile: "DatasetProfile", dataset: Any = None, ranks: Sequence[int] = RANKS) -> str:
     """The page.
 
     Args:
         profile (`DatasetProfile`): a profile with samples.
         dataset (`datasets.Dataset`, *optional*): the annotated dataset, for thumbnails.
+        ranks (`Sequence[int]`): numbers of data-parallel ranks for which waiting is predicted.
     """
     import jinja2
     from plotly.offline import get_plotlyjs
@@ -51,7 +53,7 @@ def render_page(profile: "DatasetProfile", dataset: Any = None) -> str:
     if profile.spec is not None:
         cost = CostModel.analytic(profile.spec)  # at 1e12 FLOP/s, seconds are TFLOP
         vision, llm, unit = cost.vision_s(shapes), cost.llm_s(shapes), "TFLOP"
-        waiting = predict_waiting(_usable(profile), cost)
+        waiting = predict_waiting(_usable(profile), cost, ranks=ranks)
     else:
         vision, llm, unit = shapes.image_patches.astype(float), shapes.llm_tokens.astype(float), "positions"
         waiting = []

@@ -127,7 +127,9 @@ class DatasetProfile:
             lines.append(f"{len(self.errors):,} rows are not usable; the first: {self.errors[0].reason}")
         return "\n".join(lines)
 
-    def save(self, directory: str | Path, *, samples: bool = True, dataset: Any = None) -> None:
+    def save(
+        self, directory: str | Path, *, samples: bool = True, dataset: Any = None, ranks: Sequence[int] | None = None
+    ) -> None:
         """Write `profile.json`, `shapes.npz`, figures (with matplotlib), and `report.html` (with plotly and jinja2).
 
         Args:
@@ -135,7 +137,14 @@ class DatasetProfile:
             samples (`bool`, defaults to `True`): `False` writes `profile.json` alone.
             dataset (`datasets.Dataset`, *optional*): the annotated dataset; the report then shows pictures of the
                 costliest samples.
+            ranks (`Sequence[int]`, *optional*): numbers of data-parallel ranks for which the report predicts how long
+                they wait for each other; 2, 8 and 64 by default.
+
+        Raises:
+            ValueError: a number of ranks is below 2.
         """
+        if ranks is not None and (not ranks or min(ranks) < 2):
+            raise ValueError(f"ranks is {list(ranks)}; name numbers of ranks of at least 2")
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
         written = {
@@ -159,7 +168,8 @@ class DatasetProfile:
             if find_spec("jinja2") is not None and find_spec("plotly") is not None:
                 from hf_dflop.profile.page import render_page
 
-                (folder / "report.html").write_text(render_page(self, dataset), encoding="utf-8")
+                given = {} if ranks is None else {"ranks": tuple(ranks)}
+                (folder / "report.html").write_text(render_page(self, dataset, **given), encoding="utf-8")
 
     @classmethod
     def load(cls, directory: str | Path) -> "DatasetProfile":

@@ -119,11 +119,15 @@ def without_decoding(data: Any) -> Any:
 
 
 def undecoded(feature: Any) -> Any:
-    """The same feature with every image in it left as bytes or path."""
+    """The same feature with every image, video and sound in it left as bytes or path."""
     import datasets
 
     if isinstance(feature, datasets.Image):
         return datasets.Image(mode=feature.mode, decode=False)
+    if type(feature).__name__ in ("Audio", "Video"):
+        feature = copy.copy(feature)
+        feature.decode = False
+        return feature
     if isinstance(feature, dict):
         return {key: undecoded(value) for key, value in feature.items()}
     if isinstance(feature, list):

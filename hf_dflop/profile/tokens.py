@@ -1,7 +1,8 @@
 """What an image of a given size becomes under a processor: encoder tiles and patches, and text for the LLM.
 
 Input: (height, width). Output: `ImageCount`. Nothing is decoded or resized: the processor's own arithmetic is
-called with the size, and its own `replace_image_token` writes what it puts in place of the image.
+called with the size, and its own `replace_image_token` writes what it puts in place of the image. Only where that
+is not possible, a blank image of each size is really processed, once.
 
 Processors are told apart by the structure of their image processor, never by their name:
 
@@ -12,50 +13,40 @@ Processors are told apart by the structure of their image processor, never by th
     tiles      a number of equal tiles (InternVL, Aya Vision, GOT-OCR2)
     native     one patch grid per image with row breaks (Pixtral, Mistral 3)
     fixed      one square per image (LLaVA, PaliGemma)
+    processed  none of these: the images of a sample are processed as blank ones of their sizes, and remembered
 
 What the helper `_get_num_multimodal_tokens` reports is not used: it says one "patch" for tiled LLaVA images, 256
-tokens for a panned Gemma 3 image, and is missing in SmolVLM. Whatever structure is recognised, a blank image is
-really processed once and must agree.
+tokens for a panned Gemma 3 image, and is missing in SmolVLM. Whatever structure is recognised, an image of noise is
+really processed once and must agree; where it does not, images are processed.
 
 Assumptions: counts depend on the size of an image and on whether it is alone in its sample, on nothing else.
 Tiles that exist only to pad a batch are not counted, since the models drop them before the encoder.
 """
 
 import functools
+import logging
 import re
-from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
 from hf_dflop.errors import DflopError, ProcessorError
+from hf_dflop.profile.image_count import ImageCount
+from hf_dflop.profile.processed import process_blank
+from hf_dflop.profile.tiles import encoder_tiles
 from hf_dflop.rows import image_token
 
-__all__ = ["ImageCount", "TokenCounter"]
+__all__ = ["TokenCounter"]
+
+logger = logging.getLogger(__name__)
 
 _PROBE = (300, 750)
-"""Height and width of the blank image: oblong enough to be tiled, small enough to be quick."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ImageCount:
-    """What one image becomes."""
-
-    tiles: int
-    """Encoder attention sequences."""
-    patches: int
-    """Patch positions over all tiles, without class tokens."""
-    patches_sq: int
-    """Sum over the tiles of (patches of the tile)²."""
-    image_tokens: int
-    """LLM positions that hold features of this image."""
-    replacement: str
-    """What the processor writes in place of the placeholder."""
-    folded: str
-    """`replacement` with every run of the feature token written once."""
-    runs: tuple[int, ...]
-    """Lengths of those runs, in order."""
+"""Height and width of the image that is really processed: oblong enough to be tiled, small enough to be quick."""
+_MOST_REMEMBERED = 16_384
+"""Sizes whose counts are kept, so that a dataset of as many sizes as pictures does not fill the memory."""
+_STRIP = 3
+"""Images so thin that some processors take their rows for channels, or shrink them to nothing, and refuse: these are
+really processed before they are counted."""
 
 
 class TokenCounter:
@@ -67,8 +58,8 @@ class TokenCounter:
             know the encoder's patch size (Idefics3, SmolVLM, InternVL, Aya Vision, Gemma 3, PaliGemma).
 
     Raises:
-        ProcessorError: the structure is not known, the patch size is missing, or a really processed blank image
-            gives other counts.
+        ProcessorError: the patch size is missing, or a really processed image gives other counts than one of the
+            same size that was counted.
 
     Example:
         >>> counter = TokenCounter(processor)                                            # doctest: +SKIP
@@ -89,7 +80,8 @@ class TokenCounter:
         self.counts_alone = "batch_num_images" in getattr(processor.image_processor, "model_input_names", ())
         self._folds = self._feature_is_one_token()
         self._cache: dict[tuple[int, int, bool], ImageCount] = {}
-        self._check_blank_image()
+        self._processed: dict[tuple[tuple[int, int], ...], list[ImageCount]] = {}
+        self._check_probe()
 
     def count(self, sizes: list[tuple[int, int]]) -> list[ImageCount]:
         """Counts of the images of one sample, from their (height, width).
@@ -97,11 +89,17 @@ class TokenCounter:
         Raises:
             ValueError: the processor itself refuses an image of this size.
         """
+        if self.structure == "processed":
+            return self._process(tuple(sizes)) if sizes else []
         alone = len(sizes) == 1 or not self.counts_alone
         counts = []
         for height, width in sizes:
             key = (height, width, alone)
             if key not in self._cache:
+                if min(height, width) <= _STRIP:
+                    self._process(((height, width),))
+                if len(self._cache) >= _MOST_REMEMBERED:
+                    self._cache.clear()
                 self._cache[key] = self._count(height, width, alone)
             counts.append(self._cache[key])
         return counts
@@ -109,16 +107,18 @@ class TokenCounter:
     def tile_patches(self, height: int, width: int) -> int:
         """Patches of an encoder input of this many pixels."""
         if self.patch_size is None:
+            if not getattr(self.processor, "num_image_tokens", None):
+                raise self._no_patch_size(None)
             return int(self.processor.num_image_tokens)
         return (height // self.patch_size[0]) * (width // self.patch_size[1])
 
     def _recognise(self) -> str:
         processor, images = self.processor, self.processor.image_processor
         if not hasattr(processor, "replace_image_token"):
-            raise self._unknown("has no replace_image_token")
+            return "processed"
         if getattr(images, "image_grid_pinpoints", None) and hasattr(processor, "_get_number_of_features"):
             return "anyres"
-        if hasattr(images, "pan_and_scan"):
+        if hasattr(images, "pan_and_scan") or hasattr(images, "do_pan_and_scan"):
             return "crops"
         if hasattr(images, "get_number_of_image_patches"):
             counted = self._call_image_processor(*_PROBE)
@@ -129,13 +129,12 @@ class TokenCounter:
             return "native"
         if self._tile_pixels() is not None:
             return "fixed"
-        raise self._unknown("tiles images in a way that is not known here")
+        return "processed"
 
     def _unknown(self, cause: str) -> ProcessorError:
         return ProcessorError(
-            f"{type(self.processor).__name__} cannot count the tokens of an image from its size: it {cause}. "
-            "Known structures: any-resolution grids, pan and scan, rows and columns, tiles, patch grids, fixed size; "
-            "a newer transformers may give the processor one of them"
+            f"{type(self.processor).__name__} cannot be counted, neither from the sizes of images nor by processing "
+            f"blank ones: it {cause}"
         )
 
     def _find_patch_size(self, config: Any) -> tuple[int, int] | None:
@@ -151,14 +150,17 @@ class TokenCounter:
                 f"the processor says patch size {own}, the model's vision config {told}; make them equal"
             )
         if told is None and own is None:
-            if getattr(processor, "num_image_tokens", None):
+            if self.structure == "processed" or getattr(processor, "num_image_tokens", None):
                 return None
-            raise ProcessorError(
-                f"{type(processor).__name__} does not know the patch size of the vision encoder; pass "
-                "config=AutoConfig.from_pretrained(...) of the model"
-                + ("" if config is None else f" ({type(config).__name__} has no vision_config.patch_size)")
-            )
+            raise self._no_patch_size(config)
         return _pair(own if told is None else told)
+
+    def _no_patch_size(self, config: Any) -> ProcessorError:
+        return ProcessorError(
+            f"{type(self.processor).__name__} does not know the patch size of the vision encoder; pass "
+            "config=AutoConfig.from_pretrained(...) of the model"
+            + ("" if config is None else f" ({type(config).__name__} has no vision_config.patch_size)")
+        )
 
     def _count(self, height: int, width: int, alone: bool) -> ImageCount:
         inputs: dict[str, Any] = {"batch_num_images": [1 if alone else 2]}
@@ -166,7 +168,10 @@ class TokenCounter:
         if self.structure == "anyres":
             tile = self._tile_pixels()
             assert tile is not None
-            inputs |= {"image_sizes": [(height, width)], "pixel_values": [[_Pixels(tile)]]}
+            inputs |= {
+                "image_sizes": [(height, width)],
+                "pixel_values": [[np.broadcast_to(np.float32(0), (3, *tile))]],
+            }
             tiles = self._anyres_tiles(height, width, tile) if alone else 1
             patches = self.tile_patches(*tile)
         elif self.structure == "crops":
@@ -193,16 +198,32 @@ class TokenCounter:
             tile = self._fixed_tile()
             inputs["pixel_values"] = np.broadcast_to(np.float32(0), (1, 3, *tile))
             patches = self.tile_patches(*tile)
-        replacement = str(self.processor.replace_image_token(inputs, 0))
+        return self._image_count(str(self.processor.replace_image_token(inputs, 0)), [patches] * tiles)
+
+    def _process(self, sizes: tuple[tuple[int, int], ...]) -> list[ImageCount]:
+        """The images of one sample, processed together; the tiles of all of them are told of the first."""
+        if sizes not in self._processed:
+            texts, output = process_blank(self.processor, sizes)
+            tiles = self.tiles_of(output)
+            if len(self._processed) >= _MOST_REMEMBERED:
+                self._processed.clear()
+            self._processed[sizes] = [self._image_count(text, [] if i else tiles) for i, text in enumerate(texts)]
+        return self._processed[sizes]
+
+    def tiles_of(self, output: Any) -> list[int]:
+        """Patches of each encoder tile, from what the processor gave."""
+        return encoder_tiles(output, self.tile_patches, native=self.structure == "native")
+
+    def _image_count(self, replacement: str, tiles: list[int]) -> ImageCount:
         folded, runs = self._fold(replacement)
         return ImageCount(
-            tiles=tiles,
-            patches=tiles * patches,
-            patches_sq=tiles * patches**2,
+            tiles=len(tiles),
+            patches=sum(tiles),
+            patches_sq=sum(patches**2 for patches in tiles),
             image_tokens=sum(runs),
-            replacement=replacement,
             folded=folded,
             runs=runs,
+            feature=self.token.feature,
         )
 
     def _call_image_processor(self, height: int, width: int) -> Any:
@@ -264,6 +285,8 @@ class TokenCounter:
         ratio = max(height / longest, width / longest)
         if ratio > 1:
             height, width = int(height / ratio), int(width / ratio)
+            if not height or not width:
+                raise ValueError(f"an image this oblong shrinks to nothing at a longest edge of {longest} pixels")
         return ((height - 1) // side + 1) * side, ((width - 1) // side + 1) * side
 
     def _feature_is_one_token(self) -> bool:
@@ -277,8 +300,23 @@ class TokenCounter:
         runs = [len(run) // len(feature) for run in re.findall(f"(?:{re.escape(feature)})+", replacement)]
         return re.sub(f"(?:{re.escape(feature)})+", lambda _: feature, replacement), tuple(runs)
 
-    def _check_blank_image(self) -> None:
-        """Process one blank image and compare; a structure that was recognised wrongly stops here."""
+    def _check_probe(self) -> None:
+        """Process one image and compare; where a structure was recognised wrongly, images are processed from here."""
+        cause = self._disagreement()
+        if cause is not None and self.structure != "processed":
+            logger.warning(
+                "%s: images are counted by processing a blank one of each size, which takes longer, since it %s",
+                type(self.processor).__name__,
+                cause,
+            )
+            self.structure = "processed"
+            self._cache.clear()
+            cause = self._disagreement()
+        if cause is not None:
+            raise self._unknown(cause)
+
+    def _disagreement(self) -> str | None:
+        """What is wrong with the counts of an image of noise, if something is."""
         from PIL import Image
 
         from hf_dflop.profile.verify import measure
@@ -286,29 +324,27 @@ class TokenCounter:
 
         part = {"role": "user", "content": [{"type": "image"}]}
         said = {"role": "assistant", "content": [{"type": "text", "text": "x"}]}
-        row = Row(messages=[part, said], images=[Image.new("RGB", _PROBE[::-1])])
+        noise = np.random.default_rng(0).integers(0, 256, (*_PROBE, 3), dtype=np.uint8)
+        row = Row(messages=[part, said], images=[Image.fromarray(noise)])
         try:
             expected = self.count([_PROBE])[0]
             found = measure(encode(self.processor, [row], labels="all"), self)
-        except DflopError:
-            raise
         except Exception as error:
-            raise self._unknown(f"fails on a blank image ({type(error).__name__}: {error})") from error
+            if isinstance(error, ProcessorError) and self.structure == "processed":
+                raise
+            told = str(error) if isinstance(error, DflopError) else f"{type(error).__name__}: {error}"
+            return f"fails on an image ({told})"
         for name in ("tiles", "patches", "patches_sq", "tokens"):
             column = "image_" + name
             said_count = getattr(expected, column if name == "tokens" else name)
             if said_count != found[column]:
-                raise self._unknown(
-                    f"has structure {self.structure!r}, but a blank image of {_PROBE[1]}x{_PROBE[0]} gives "
+                return (
+                    f"has structure {self.structure!r}, but an image of {_PROBE[1]}x{_PROBE[0]} gives "
                     f"{found[column]} {name} where {said_count} were computed"
                 )
-
-
-class _Pixels(SimpleNamespace):
-    """Stands for one tile: a shape without pixels."""
-
-    def __init__(self, tile: tuple[int, int]) -> None:
-        super().__init__(shape=(3, *tile))
+        if not expected.image_tokens or expected.replacement == self.token.placeholder:
+            return "puts no image features into the LLM's sequence"
+        return None
 
 
 def _pair(value: Any) -> tuple[int, int]:

@@ -1,12 +1,11 @@
 """Count what a really processed row holds, and compare it with the annotation.
 
-Input: the tensors of `rows.encode` for one row. Output: the seven counts of `Shapes`.
-Tiles whose values are all zero only pad a batch (a normalised black tile is not zero); encoders drop them.
+Input: the tensors of `rows.encode` for one row. Output: the counts of `Shapes`.
 """
 
 from typing import TYPE_CHECKING, Any
 
-from hf_dflop.errors import DatasetError, ShapeMismatchError
+from hf_dflop.errors import ShapeMismatchError
 from hf_dflop.rows import Row, encode
 from hf_dflop.rows.render import Renderer
 
@@ -18,7 +17,7 @@ __all__ = ["check_row", "measure"]
 
 def measure(batch: dict[str, Any], counter: "TokenCounter") -> dict[str, int]:
     """The counts of a batch of one row, by the field names of `Shapes` (all but `num_images`)."""
-    tiles = _tiles(batch, counter)
+    tiles = counter.tiles_of(batch)
     length = int(batch["attention_mask"].sum())
     image_tokens = int((batch["input_ids"] == counter.token.feature_id).sum())
     return {
@@ -52,20 +51,3 @@ def check_row(
                 "Nothing was written. The processor and its config may belong to different models; otherwise this "
                 "processor cannot be counted from image sizes"
             )
-
-
-def _tiles(batch: dict[str, Any], counter: "TokenCounter") -> list[int]:
-    """Patches of each tile that the encoder runs."""
-    if "image_grid_thw" in batch:
-        return [int(grid.prod()) for grid in batch["image_grid_thw"]]
-    pixels = batch.get("pixel_values")
-    if pixels is None:
-        return []
-    if counter.structure == "native":
-        return [counter.tile_patches(int(h), int(w)) for h, w in batch["image_sizes"]]
-    if pixels.ndim not in (4, 5):
-        raise DatasetError(f"pixel_values has {pixels.ndim} dimensions; expected 4 or 5")
-    if pixels.ndim == 5:
-        pixels = pixels.flatten(0, 1)
-        pixels = pixels[pixels.flatten(1).any(dim=1)]
-    return [counter.tile_patches(*pixels.shape[-2:])] * len(pixels)

@@ -2,11 +2,12 @@
 
 Inputs: shapes and a cost model. Output: for each number of ranks and each way to deal samples, the share of the
 step in which a mean rank waits, and the step's time relative to the stock way. Global batches are drawn from the
-profile, seeded; the same ones for every way, except that sorting changes which samples meet:
+profile, seeded; the same ones for every way, except that group_by_length changes which samples meet:
 
-    stock      in the drawn order, as `Trainer` deals them
-    sorted     all drawn samples sorted by LLM tokens, as `group_by_length` does within its megabatches
-    balanced   the stock batches, regrouped by `hf_dflop.balance.assign` within the callback's default token cap
+    stock             in the drawn order, as `Trainer` deals them
+    group_by_length   by the Trainer's sampler of that name (where transformers has it)
+    batch_rebalance   by the Trainer's sampler of that name (where transformers has it)
+    balanced          the stock batches, regrouped by `hf_dflop.balance.assign` within the callback's default token cap
 
 Assumptions: data parallel, one padded microbatch per rank and step, compute only (no communication). Where the
 profile has fewer samples than are drawn, some are drawn more than once.
@@ -20,14 +21,18 @@ import numpy.typing as npt
 
 from hf_dflop.balance import assign
 from hf_dflop.cost import CostModel
+from hf_dflop.profile.stock_ways import by_batch_rebalance, by_length
 from hf_dflop.shapes import Shapes
 
 __all__ = ["RANKS", "WAYS", "Waiting", "predict_waiting"]
 
 RANKS = (2, 8, 64)
-WAYS = ("stock", "sorted", "balanced")
+WAYS = ("stock", "group_by_length", "batch_rebalance", "balanced")
 SAMPLES_PER_RANK = 8
-_STEPS = {2: 32, 8: 16, 64: 6}
+_SLOTS = 384
+"""Microbatches that are looked at for each number of ranks, in at most 32 steps and at least 2."""
+_MOST_REBALANCED = 128
+"""Ranks up to which batch_rebalance is asked; its search takes minutes beyond."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,20 +70,22 @@ def predict_waiting(
     results = []
     for num_ranks in ranks:
         size = num_ranks * samples_per_rank
-        drawn = _draw(len(shapes), _STEPS.get(num_ranks, 8), size, np.random.default_rng(seed))
-        by_length = drawn.reshape(-1)[np.argsort(-tokens[drawn.reshape(-1)], kind="stable")].reshape(drawn.shape)
+        drawn = _draw(len(shapes), max(2, min(32, _SLOTS // num_ranks)), size, np.random.default_rng(seed))
+        steps = {
+            "stock": [np.split(batch, num_ranks) for batch in drawn],
+            "group_by_length": by_length(drawn, tokens, num_ranks, seed),
+            "batch_rebalance": by_batch_rebalance(drawn, tokens, num_ranks) if num_ranks <= _MOST_REBALANCED else None,
+            "balanced": [_balanced(batch, vision, llm, tokens, num_ranks, samples_per_rank) for batch in drawn],
+        }
         stock_s = 0.0
         for way in WAYS:
             slowest, mean = 0.0, 0.0
-            for batch in by_length if way == "sorted" else drawn:
-                groups = (
-                    np.split(batch, num_ranks)
-                    if way != "balanced"
-                    else _balanced(batch, vision, llm, tokens, num_ranks, samples_per_rank)
-                )
+            for groups in steps[way] or ():
                 busy = [vision[group].sum() + group.size * llm[group].max() for group in groups]
                 slowest += float(max(busy))
                 mean += float(np.mean(busy))
+            if steps[way] is None:
+                continue
             stock_s = stock_s or slowest
             idle = 1 - mean / slowest if slowest else 0.0
             ratio = slowest / stock_s if stock_s else 1.0

@@ -3,6 +3,7 @@
     layout.py   columns of a dataset → `Row` (messages with content parts, image cells)
     images.py   image cell → size from its header, or the decoded picture
     render.py   `Row` → text with one placeholder per image, and the spans that are learned
+    template.py the chat template as a quick function
     labels.py   spans and token offsets → which tokens are labels
     encode.py   rows → the batch of tensors that the model gets
 

@@ -10,14 +10,15 @@ as messages with content parts and a list of image cells. Layouts are told apart
     caption         one text column: a document when it has `<image>` markers, else what is said of the images
     (a function)    row → {"messages": [...], "images": [...]}
 
-Assumptions: samples have text and images, no video or audio. Images without any marker belong to the first user
+Assumptions: samples have text and images. A row with a video or a sound is refused, since its tokens are not counted;
+rows beside it whose cells are empty are read. Images without any marker belong to the first user
 turn. One line break beside an `<image>` marker belongs to the marker, since chat templates write their own.
 """
 
 import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hf_dflop.errors import DatasetError
@@ -37,6 +38,7 @@ _QUESTION_COLUMNS = ("question", "query", "prompt", "instruction", "problem")
 _ANSWER_COLUMNS = ("answer", "answers", "response", "output", "completion", "solution", "label")
 _CAPTION_COLUMNS = ("text", "caption", "captions", "txt")
 _IMAGE_COLUMNS = ("images", "image", "img", "picture", "pictures")
+_MEDIA_COLUMNS = ("videos", "video", "audios", "audio")
 _ROLES = {
     "human": "user",
     "user": "user",
@@ -79,6 +81,8 @@ class Layout:
     """Columns that hold the text."""
     image_column: str | None = None
     """Column that holds the image or the images."""
+    media_columns: tuple[str, ...] = ()
+    """Columns of videos or sounds; a row in which one is not empty is refused."""
     function: Callable[[dict[str, Any]], Mapping[str, Any]] | None = None
     """The user's own reader; it gets undecoded images when tokens are counted."""
 
@@ -87,7 +91,7 @@ class Layout:
         """Columns that `read_row` looks at; `None` stands for all of them."""
         if self.function is not None:
             return None
-        return self.text_columns + (() if self.image_column is None else (self.image_column,))
+        return self.text_columns + (() if self.image_column is None else (self.image_column,)) + self.media_columns
 
 
 def detect_layout(
@@ -119,6 +123,15 @@ def detect_layout(
         return Layout(kind="function", function=layout)
     if layout != "auto" and layout not in LAYOUTS:
         raise DatasetError(f"unknown layout {layout!r}; expected 'auto', a function, or one of {LAYOUTS}")
+    media = tuple(c for c in columns if c in _MEDIA_COLUMNS or _is_media_feature(features.get(c)))
+    columns = [name for name in columns if name not in media]
+    return replace(_detect(row, features, columns, layout, image_column), media_columns=media)
+
+
+def _detect(
+    row: Mapping[str, Any], features: Mapping[str, Any], columns: list[str], layout: str, image_column: str | None
+) -> Layout:
+    """The layout of the columns that hold text and images."""
     images = _find_image_column(row, features, columns, image_column)
     for kind, keys in _TURN_KEYS.items():
         if layout not in ("auto", kind):
@@ -168,6 +181,12 @@ def read_row(row: Mapping[str, Any], layout: Layout, *, index: int | None = None
             )
         turns, cells = list(given["messages"]), _cells(given.get("images"))
     else:
+        for column in layout.media_columns:
+            if row.get(column) not in (None, [], "", b""):
+                raise DatasetError(
+                    f"{name}: column {column!r} holds a video or a sound, whose tokens are not counted; write the "
+                    "frames of a video as images, or leave such rows out (on_error='skip' does)"
+                )
         turns = _turns(row, layout, name)
         cells = _cells(row.get(layout.image_column)) if layout.image_column else []
     messages, inline = _normalise(turns, name)
@@ -257,6 +276,8 @@ def _parts(content: Any, name: str) -> list[dict[str, Any]]:
 
 
 def _split_markers(text: str) -> list[dict[str, Any]]:
+    if "<image>" not in text:
+        return [{"type": "text", "text": text}] if text else []
     pieces: list[dict[str, Any]] = []
     for position, piece in enumerate(_MARKER.split(text)):
         if position:
@@ -294,6 +315,13 @@ def _is_image_feature(feature: Any) -> bool:
         feature = feature[0]
     inner = getattr(feature, "feature", None)
     return type(feature).__name__ == "Image" or type(inner).__name__ == "Image"
+
+
+def _is_media_feature(feature: Any) -> bool:
+    if isinstance(feature, list | tuple) and feature:
+        feature = feature[0]
+    kinds = {type(feature).__name__, type(getattr(feature, "feature", None)).__name__}
+    return bool(kinds & {"Video", "Audio"})
 
 
 def _is_image_cell(value: Any) -> bool:

@@ -17,6 +17,7 @@ from typing import Any
 from hf_dflop.errors import DatasetError, ProcessorError
 from hf_dflop.rows.labels import Span, check_policy
 from hf_dflop.rows.layout import Row
+from hf_dflop.rows.template import ChatTemplate, find_template
 
 __all__ = ["ImageToken", "Rendered", "Renderer", "image_token"]
 
@@ -44,6 +45,8 @@ def image_token(processor: Any) -> ImageToken:
     main = getattr(processor, "image_token_id", None)
     # Gemma 3 calls its begin-of-image token `image_token_id`; what it declares as features is in `image_token_ids`.
     feature_id = main if main in declared or not declared else declared[0]
+    if feature_id is None and placeholder in processor.tokenizer.get_vocab():
+        feature_id = processor.tokenizer.convert_tokens_to_ids(placeholder)  # Janus keeps no id
     if placeholder is None or feature_id is None:
         raise ProcessorError(
             f"{type(processor).__name__} has no image token; a processor of a vision-language model whose "
@@ -82,7 +85,8 @@ class Renderer:
         self.labels = labels
         self.token = image_token(processor)
         self.takes_suffix = "suffix" in inspect.signature(type(processor).__call__).parameters
-        self._owner, self._template = _find_template(processor)
+        found = find_template(processor)
+        self._template = None if found is None else ChatTemplate(*found, processor.tokenizer)
         self._bos: str = getattr(processor.tokenizer, "bos_token", None) or ""
         self._takes_parts = self._template is None or self._handles_parts()
         self._header = self._generation_header() if self._template is not None else ""
@@ -169,12 +173,10 @@ class Renderer:
         return "".join(self.token.placeholder if part["type"] == "image" else part["text"] for part in parts)
 
     def _render(self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = False) -> str:
-        conversation = [
-            {**turn, "content": turn["content"] if self._takes_parts else self._flat(turn["content"])}
-            for turn in messages
-        ]
-        kwargs: dict[str, Any] = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
-        return str(self._owner.apply_chat_template(conversation, chat_template=self._template, **kwargs))
+        assert self._template is not None
+        if not self._takes_parts:
+            messages = [{**turn, "content": self._flat(turn["content"])} for turn in messages]
+        return self._template(messages, add_generation_prompt)
 
     def _handles_parts(self) -> bool:
         """Whether the template understands content parts; templates of text-only models print the list."""
@@ -205,13 +207,3 @@ class Renderer:
             if text.startswith(token, start)
         )
         return min(starts, default=end)
-
-
-def _find_template(processor: Any) -> tuple[Any, str | None]:
-    for owner in (processor, processor.tokenizer):
-        template = getattr(owner, "chat_template", None)
-        if isinstance(template, dict):
-            template = template.get("default")
-        if template is not None:
-            return owner, template
-    return None, None

@@ -20,6 +20,7 @@ from recipes.demo.settings import ARMS, DemoSettings, write_whole
 
 ROOT = Path(__file__).parents[2]
 _KEEP_LARGE_BLOCKS = {"hugetlb": 1, "mmap_threshold": 4 << 30, "trim_threshold": 8 << 30, "top_pad": 256 << 20}
+GLIBC_TUNABLES = ":".join(f"glibc.malloc.{name}={value}" for name, value in _KEEP_LARGE_BLOCKS.items())
 
 
 def main() -> None:
@@ -105,7 +106,7 @@ def _train(settings: DemoSettings) -> None:
         "OMP_NUM_THREADS": "1",
         # The logits of one microbatch are hundreds of MB. glibc would return such blocks to the kernel and have them
         # zeroed anew each time; two processes doing that wait for each other's memory, which no sampler can balance.
-        "GLIBC_TUNABLES": ":".join(f"glibc.malloc.{name}={value}" for name, value in _KEEP_LARGE_BLOCKS.items()),
+        "GLIBC_TUNABLES": GLIBC_TUNABLES,
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
         "TORCH_CPP_LOG_LEVEL": "ERROR",

@@ -10,6 +10,7 @@ import json
 import os
 import resource
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,13 @@ class CountingCollator(TrainerCallback):
         self.tokens = self.computed = 0
 
 
-def calibrate(ingredients: finetune_vlm.Ingredients, count: int, path: Path, rank: int) -> CostModel:
+def calibrate(
+    ingredients: finetune_vlm.Ingredients,
+    count: int,
+    path: Path,
+    rank: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> CostModel:
     """Measure `count` real microbatches (every rank the same ones at the same time), fit, save and return."""
     shapes = Shapes.of_dataset(ingredients.train)
     model = copy.deepcopy(ingredients.model).train()
@@ -64,9 +71,9 @@ def calibrate(ingredients: finetune_vlm.Ingredients, count: int, path: Path, ran
     for turn, place in enumerate(spread):
         picked = by_cost[place : place + 1 + turn % 2].tolist()
         batch = ingredients.collator([ingredients.train[i] for i in picked])
-        start = time.perf_counter()
+        start = clock()
         model(**batch).loss.backward()
-        seconds = time.perf_counter() - start
+        seconds = clock() - start
         if turn > 0:
             observations.append(Observation(shapes=shapes.select(picked), padded=True, seconds=seconds))
         model.zero_grad()

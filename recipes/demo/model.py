@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["CHAT_TEMPLATE", "DemoModelConfig", "build_model"]
+__all__ = ["CHAT_TEMPLATE", "DemoModelConfig", "build_model", "build_processor"]
 
 FOLDER = "model"
 _STAMP = "demo_model.json"
@@ -109,7 +109,7 @@ def build_model(cache: Path | str, *, config: DemoModelConfig | None = None, **c
     print(f"[demo] building the model: {config.vision_layers} vision and {config.llm_layers} LLM layers", flush=True)
     partial = folder.with_name(FOLDER + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    processor = _build_processor(fetched.llm_gguf, config)
+    processor = build_processor(fetched.llm_gguf, config)
     model = _assemble(fetched.vision_onnx, fetched.llm_gguf, processor, config)
     model.save_pretrained(partial)
     processor.save_pretrained(partial)
@@ -121,7 +121,8 @@ def build_model(cache: Path | str, *, config: DemoModelConfig | None = None, **c
     return folder
 
 
-def _build_processor(gguf: Path, config: DemoModelConfig):  # type: ignore[no-untyped-def]
+def build_processor(gguf: Path, config: DemoModelConfig) -> Any:
+    """Tokenizer and image processor of the demo's model, from the LLM's file."""
     from tokenizers import AddedToken, Tokenizer
     from transformers import AyaVisionProcessor, GotOcr2ImageProcessorPil, PreTrainedTokenizerFast
 

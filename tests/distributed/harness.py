@@ -86,9 +86,13 @@ def train(
 
 
 def parameters(trainer: Any) -> dict[str, torch.Tensor]:
-    """The trained parameters, by name, of the unwrapped model."""
+    """The parameters, by name, of the unwrapped model; those of a sharded model whole."""
     unwrapped = trainer.accelerator.unwrap_model(trainer.model)
-    return {name: value.detach().double().clone() for name, value in unwrapped.named_parameters()}
+    return {name: _whole(value.detach()).double().clone() for name, value in unwrapped.named_parameters()}
+
+
+def _whole(value: Any) -> torch.Tensor:
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
 def relative_difference(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:

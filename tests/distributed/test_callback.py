@@ -37,6 +37,21 @@ def test_packed_and_balanced_training_takes_the_steps_of_padded_stock_training()
     assert output.count("packed relative difference") == 4
 
 
+def test_balanced_runs_agree_with_stock_runs_in_every_parameter(tmp_path: Path) -> None:
+    """DDP, then FSDP2 through the same Trainer, compared among themselves and with DDP."""
+    script, path = "tests.distributed.scripts.equal_runs", str(tmp_path / "stock.pt")
+    assert launch(script, "ddp", path, num_processes=2).count("equal_runs ddp") == 2 * 5
+    assert launch(script, "fsdp", path, num_processes=2).count("equal_runs fsdp") == 2 * 4
+
+
+def test_resuming_goes_on_with_the_same_samples_on_another_number_of_ranks(tmp_path: Path) -> None:
+    script = "tests.distributed.scripts.elastic"
+    saved = launch(script, "save", str(tmp_path), num_processes=2)
+    assert (saved.count("ok stream"), saved.count("ok same ranks")) == (4, 4)
+    resumed = launch(script, "resume", str(tmp_path), num_processes=1)
+    assert (resumed.count("ok other ranks"), resumed.count("ok refused")) == (2, 1)
+
+
 def test_microbatches_without_images_neither_hang_nor_change_the_steps(tmp_path: Path) -> None:
     script = "tests.distributed.scripts.image_free"
     # Not under torchrun: in one process, too, DDP refuses a parameter that got no gradient.

@@ -78,12 +78,20 @@ def rows_of(images: Any, text: Any, generator: np.random.Generator) -> tuple[Dat
 
 
 class Collate:
-    """Pads on the right; the pixels of a sample follow from its id alone."""
+    """Pads on the right; the pixels of a sample follow from its id alone.
 
-    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+    With `dummy`, a microbatch without images gets one more row: an image, and no label.
+    """
+
+    def __init__(self, dtype: torch.dtype = torch.float32, *, dummy: bool = False) -> None:
         self.dtype = dtype
+        self.dummy = dummy
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        ids = [f["id"] for f in features]
+        if self.dummy and not any(f["images"] for f in features):
+            row = {"id": -1, "input_ids": [IMAGE_TOKEN] * PATCHES + [4], "labels": [-100] * (PATCHES + 1), "images": 1}
+            features = [*features, row]
         longest = max(len(row["input_ids"]) for row in features)
         batch = {
             "input_ids": torch.tensor([f["input_ids"] + [0] * (longest - len(f["input_ids"])) for f in features]),
@@ -91,11 +99,11 @@ class Collate:
                 [[1] * len(f["input_ids"]) + [0] * (longest - len(f["input_ids"])) for f in features]
             ),
             "labels": torch.tensor([f["labels"] + [-100] * (longest - len(f["labels"])) for f in features]),
-            "sample_ids": torch.tensor([f["id"] for f in features]),
+            "sample_ids": torch.tensor(ids),
         }
         pixels = []
         for row in features:
-            generator = torch.Generator().manual_seed(row["id"])
+            generator = torch.Generator().manual_seed(row["id"] + 1)
             pixels += [torch.randn(3, 8, 8, generator=generator, dtype=self.dtype) for _ in range(row["images"])]
         if pixels:
             batch["pixel_values"] = torch.stack(pixels)

@@ -38,11 +38,11 @@ def compare(dtype: torch.dtype, **arguments: object) -> tuple[float, float]:
     assert stock.microbatches() == packed.microbatches()
     assert stock.noted != packed.noted, "balancing did nothing"
     assert {rows for rows, _ in collator.noted} == {1}
-    # A joined microbatch is predicted to cost the sum of its samples.
+    # A joined microbatch under SDPA is predicted to cost what one sample of all its tokens would.
     sampler = callback.sampler
     assert sampler is not None
     apart = sampler.microbatch_s([0]) + sampler.microbatch_s([1]) - sampler.microbatch_s([])
-    assert abs(sampler.microbatch_s([0, 1]) - apart) <= 1e-9 * apart
+    assert sampler.microbatch_s([0, 1]) > apart * (1 + 1e-6)
     losses = [[log["loss"] for log in t.state.log_history if "loss" in log] for t in (stock, packed)]
     assert max(abs(a - b) for a, b in zip(*losses, strict=True)) <= 2e-4 * max(losses[0]), losses
     final = parameters(stock)

@@ -363,6 +363,41 @@ def test_errors(change: dict[str, Any], message: str) -> None:
         assign(**{**BASE, **change})
 
 
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_sample_above_a_cap_runs_alone(objective: str, padded: bool) -> None:
+    generator = np.random.default_rng(0)
+    tokens = generator.integers(1, 10, 24)
+    tokens[[3, 17]] = [90, 41]
+    patches = np.where(np.arange(24) % 3 == 0, 8, 0)
+    patches[8] = 70
+    result = assign(
+        patches / 10, tokens, num_ranks=2, num_slots=4, objective=objective, padded=padded, tokens=tokens,
+        max_tokens=100 if padded else 40, patches=patches, max_patches=32, oversize="alone",
+        baseline=[np.split(np.arange(0, 12), 4), np.split(np.arange(12, 24), 4)],
+    )  # fmt: skip
+    result.validate(24)
+    alone = {int(group[0]) for rank in result.groups for group in rank if len(group) == 1}
+    assert {8} | (set() if padded else {3, 17}) <= alone
+    for rank in result.groups:
+        for group in rank:
+            if len(group) > 1:
+                used = len(group) * tokens[group].max() if padded else tokens[group].sum()
+                assert used <= (100 if padded else 40)
+                assert patches[group].sum() <= 32
+
+
+def test_oversize_is_an_error_unless_asked_for() -> None:
+    limited = {**BASE, "tokens": [1, 2, 30, 1], "max_tokens": 9}
+    with pytest.raises(BalanceError, match=r'sample 2 has 30 tokens, above max_tokens=9 .*oversize="alone"'):
+        assign(**limited)
+    assert [2] in [slot.tolist() for rank in assign(**limited, oversize="alone").groups for slot in rank]
+    with pytest.raises(BalanceError, match="no assignment"):  # three alone, and two microbatches
+        assign(**{**limited, "tokens": [30, 30, 30, 1]}, oversize="alone")
+    with pytest.raises(ValueError, match="'drop'; choose one of 'error', 'alone'"):
+        assign(**limited, oversize="drop")
+
+
 def test_unknown_objective() -> None:
     with pytest.raises(ValueError, match="'fsdp'; choose one of 'step', 'slot', 'stage', 'pipeline'"):
         assign(**{**BASE, "objective": "fsdp"})

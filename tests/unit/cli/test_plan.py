@@ -53,3 +53,15 @@ def test_mistakes_are_told_and_nothing_is_written(profile, more, message) -> Non
     found = CliRunner().invoke(app, [*RUN, "--profile", profile, *more])
     assert isinstance(found.exception, PlanError)
     assert message in str(found.exception)
+
+
+def test_a_simulation_takes_the_plans_cluster(profile, tmp_path) -> None:
+    output = tmp_path / "plan.json"
+    assert CliRunner().invoke(app, [*RUN, "--profile", profile, "-o", str(output)]).exit_code == 0
+    found = CliRunner().invoke(
+        app, ["simulate", "--plan", str(output), "--profile", profile, "--steps", "12", "--json"]
+    )
+    assert found.exit_code == 0, found.output
+    planned = json.loads(output.read_text())["expected"]["step_s"]
+    simulated = json.loads(found.stdout)["step_s"]["mean"]
+    assert simulated == pytest.approx(planned, rel=0.25)  # other batches, and no optimizer

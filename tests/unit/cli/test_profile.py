@@ -119,6 +119,29 @@ def test_parts_and_merge(
     assert "is not I/N" in capsys.readouterr().err
 
 
+def test_each_launched_process_counts_its_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], model: str
+) -> None:
+    """With what torchrun and accelerate set for each process."""
+    make(7).save_to_disk(tmp_path / "data")
+    arguments = ("profile", str(tmp_path / "data"), "-p", model, "--json")
+    assert run(monkeypatch, *arguments) == 0
+    whole = json.loads(capsys.readouterr().out)
+    output = tmp_path / "out"
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    for rank in range(3):
+        monkeypatch.setenv("RANK", str(rank))
+        assert run(monkeypatch, *arguments, "-o", str(output)) == 0
+    capsys.readouterr()
+    parts = sorted(str(path) for path in output.iterdir())
+    assert [Path(part).name for part in parts] == [f"part-{i:05}-of-00003" for i in range(3)]
+    assert run(monkeypatch, "merge", *parts, "-o", str(output), "--json") == 0
+    assert json.loads(capsys.readouterr().out) == whole
+    assert DatasetProfile.load(output).totals == whole["totals"]
+    assert run(monkeypatch, *arguments, "--max-samples", "2") == 2
+    assert "in parts as a whole" in capsys.readouterr().err
+
+
 def test_help_teaches(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     assert run(monkeypatch, "profile", "--help") == 0

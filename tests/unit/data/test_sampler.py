@@ -90,8 +90,8 @@ def test_the_loop_hardly_waits_for_4096_samples_a_step(objective: str, padded: b
     matrix = torch.ones(400, 400)
     for number, _ in enumerate(sampler):
         if number % 16 == 0:
-            end = time.perf_counter() + 0.6
-            while time.perf_counter() < end:
+            end = time.thread_time() + 0.6  # of this thread: on a busy machine the planning thread is slowed as well
+            while time.thread_time() < end:
                 matrix @ matrix
     waits = [sampler.plan_of(0, step).scheduling_wait_s for step in range(2, 6)]
     assert float(np.median(waits)) < 0.005, waits

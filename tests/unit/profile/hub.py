@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,8 +15,13 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @contextmanager
-def hub(repo: str, files: dict[str, bytes], gated: str = "acme/gated") -> Iterator[tuple[str, list[str]]]:
-    """Serve one dataset repository; gives the endpoint and the list of requests, which grows."""
+def hub(
+    repo: str, files: dict[str, bytes], gated: str = "acme/gated", lost: frozenset[str] = frozenset()
+) -> Iterator[tuple[str, list[str]]]:
+    """Serve one dataset repository; gives the endpoint and the list of requests, which grows.
+
+    The connection breaks in the middle of each file in `lost`, however often it is asked for.
+    """
     asked: list[str] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -74,18 +80,22 @@ def hub(repo: str, files: dict[str, bytes], gated: str = "acme/gated") -> Iterat
                 end = min(end, len(content) - 1)
                 headers["Content-Range"] = f"bytes {start}-{end}/{len(content)}"
                 content, status = content[start : end + 1], 206
-            return self.say(status, content, headers)
+            return self.say(status, content, headers, breaks=name in lost and self.command == "GET")
 
         def json(self, value: Any) -> None:
             self.say(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
-        def say(self, status: int, content: bytes, headers: dict[str, str]) -> None:
+        def say(self, status: int, content: bytes, headers: dict[str, str], breaks: bool = False) -> None:
             self.send_response(status)
             for key, value in headers.items():
                 self.send_header(key, value)
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
-            if self.command != "HEAD":
+            if breaks:
+                self.wfile.write(content[: len(content) // 2])
+                self.close_connection = True
+                self.connection.shutdown(socket.SHUT_RDWR)
+            elif self.command != "HEAD":
                 self.wfile.write(content)
 
         do_GET = do_HEAD = do_POST = answer

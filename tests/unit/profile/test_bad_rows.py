@@ -15,7 +15,7 @@ from PIL import Image
 
 from hf_dflop.errors import DatasetError
 from hf_dflop.profile import DatasetProfile, profile_dataset
-from hf_dflop.profile import dataset as module
+from hf_dflop.profile import counts as module
 from hf_dflop.rows import encode, read_row
 from hf_dflop.rows.layout import Layout
 from hf_dflop.shapes import SHAPE_COLUMNS, Shapes
@@ -160,6 +160,28 @@ def test_wrong_types_and_missing_turns() -> None:
     numbers = datasets.Dataset.from_dict({"question": [1, 2], "answer": ["a", "b"]})
     with pytest.raises(DatasetError, match="column 'question' holds int; expected text"):
         profile_dataset(numbers, tiny.llava(), verify=0)
+
+
+def test_rows_with_a_video_or_a_sound_are_refused() -> None:
+    """Their tokens would be missing from the counts; rows whose cells are empty are counted."""
+    clip = {"bytes": b"not looked at", "path": None}
+    rows = [{"question": "q", "answer": "a", "videos": videos} for videos in ([], [clip], None)]
+    turn = {"question": datasets.Value("string"), "answer": datasets.Value("string")}
+    cell = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
+    data = datasets.Dataset.from_list(rows, features=datasets.Features({**turn, "videos": [cell]}))
+    with pytest.raises(DatasetError, match=r"row 1: column 'videos' holds a video or a sound.*frames of a video"):
+        profile_dataset(data, tiny.llava(), verify=0)
+    annotated, profile = profile_dataset(data, tiny.llava(), on_error="skip")
+    assert len(annotated) == 2
+    assert [error.index for error in profile.errors] == [1]
+    sounds = datasets.Dataset.from_list([{"question": "q", "answer": "a", "speech": clip}] * 2)
+    sounds = sounds.cast_column("speech", datasets.Audio())
+    with pytest.raises(DatasetError, match="row 0: column 'speech' holds a video or a sound"):
+        profile_dataset(sounds, tiny.llava(), verify=0)
+    part = [{"type": "video", "text": None}]
+    parts = datasets.Dataset.from_list([{"messages": [{"role": "user", "content": part}]}])
+    with pytest.raises(DatasetError, match="row 0: content part of type 'video'"):
+        profile_dataset(parts, tiny.llava(), verify=0)
 
 
 def test_a_text_of_a_million_characters() -> None:

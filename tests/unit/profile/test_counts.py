@@ -123,6 +123,15 @@ def test_equal_sizes_are_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert counter.count([(200, 300)])[0] is first
 
 
+def test_not_all_sizes_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_dflop.profile.tokens._MOST_REMEMBERED", 8)
+    counter = TokenCounter(tiny.qwen2_vl())
+    counts = [counter.count([(60 + i, 90)])[0] for i in range(30)]
+    assert len(counter._cache) <= 8
+    assert counts[0] == counter.count([(60, 90)])[0]
+    assert len(counts[0].replacement) == counts[0].image_tokens * len("<|image_pad|>")
+
+
 def test_the_patch_size_must_be_known() -> None:
     with pytest.raises(ProcessorError, match=r"pass config=AutoConfig"):
         TokenCounter(tiny.internvl())
@@ -134,18 +143,37 @@ def test_the_patch_size_must_be_known() -> None:
 def test_a_processor_that_cannot_count_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ProcessorError, match="not its tokenizer"):
         TokenCounter(tiny.tokenizer())
-    # Says 3 tokens when it counts and inserts 5 when it runs: a structure that was recognised wrongly.
-    answers = iter(["<image>" * 3, "<image>" * 5])
+    # Inserts another number of tokens each time it runs: neither sizes nor a blank image tell what training will see.
+    lengths = iter(range(3, 99, 2))
     wrong = tiny.llava()
     with monkeypatch.context() as patch:
-        patch.setattr(type(wrong), "replace_image_token", lambda *_, **__: next(answers))
-        with pytest.raises(ProcessorError, match="blank image of 750x300 gives 5 tokens"):
+        patch.setattr(type(wrong), "replace_image_token", lambda *_, **__: "<image>" * next(lengths))
+        with pytest.raises(ProcessorError, match="'processed', but an image of 750x300 gives 9 tokens where 7 were"):
             TokenCounter(wrong)
-    lacking = tiny.llava()
-    lacking.image_processor.crop_size = None
-    lacking.image_processor.do_center_crop = False
-    with pytest.raises(ProcessorError, match="tiles images in a way that is not known"):
-        TokenCounter(lacking)
+
+
+def test_where_sizes_do_not_tell_a_blank_image_is_processed(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A rule that is not known: more tokens for images whose pixels are there, which shapes alone do not show."""
+    processor = tiny.llava()
+    right = type(processor).replace_image_token
+
+    def hidden(self: Any, image_inputs: Any, image_idx: int, **kwargs: Any) -> str:
+        pixels = np.asarray(image_inputs["pixel_values"][image_idx])
+        return right(self, image_inputs, image_idx, **kwargs) + "<image>" * int(pixels.strides[-1] > 0)
+
+    monkeypatch.setattr(type(processor), "replace_image_token", hidden)
+    counts = Annotator(TokenCounter(processor), Layout(kind="messages"))
+    assert counts.counter.structure == "processed"
+    assert "which takes longer, since it has structure 'fixed', but an image of 750x300 gives 17 tokens" in caplog.text
+    assert counts.counter.count([(40, 30)])[0].image_tokens == 17
+    for row in (single(40, 30), MULTI, TEXT_ONLY):
+        counted, real = counted_and_real(counts, row)
+        assert counted == real
+    with monkeypatch.context() as patch:  # what was processed is remembered
+        patch.setattr("hf_dflop.profile.tokens.process_blank", lambda *_: pytest.fail("processed again"))
+        assert counts.counter.count([(40, 30)])[0].image_tokens == 17
 
 
 def test_an_image_that_the_processor_refuses_is_named() -> None:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from hf_dflop.errors import DatasetError, ShapeMismatchError
 from hf_dflop.profile import DatasetProfile, annotation_of, processor_fingerprint, profile_dataset
-from hf_dflop.profile import dataset as module
+from hf_dflop.profile import counts as module
 from hf_dflop.rows import encode, read_row
 from hf_dflop.rows.layout import Layout
 from hf_dflop.shapes import SHAPE_COLUMNS, Shapes
@@ -74,8 +74,8 @@ def test_no_pixel_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     data = make()
     for name in ("PIL.Image.Image.load", "PIL.ImageFile.ImageFile.load", "PIL.PngImagePlugin.PngImageFile.load_end"):
         monkeypatch.setattr(name, lambda *_: pytest.fail("pixels were decoded"))
-    # The blank image of the self-check is the one picture that is really processed.
-    monkeypatch.setattr("hf_dflop.profile.tokens.TokenCounter._check_blank_image", lambda *_: None)
+    # The image of the self-check is the one picture that is really processed.
+    monkeypatch.setattr("hf_dflop.profile.tokens.TokenCounter._check_probe", lambda *_: None)
     annotated, _ = profile_dataset(data, tiny.idefics3(), config=tiny.CONFIG, verify=0)
     assert len(annotated) == 24
 
@@ -117,12 +117,12 @@ def test_a_second_call_reads_the_cache(monkeypatch: pytest.MonkeyPatch, own_cach
 SECOND_PROCESS = """
 import sys, time
 import datasets
-from hf_dflop.profile import dataset as module
+from hf_dflop.profile import counts as module, profile_dataset
 from tests.unit.rows import tiny
 data, processor = datasets.load_from_disk(sys.argv[1]), tiny.llava()
 module.Annotator = None
 start = time.perf_counter()
-annotated, profile = module.profile_dataset(data, processor)
+annotated, profile = profile_dataset(data, processor)
 print(time.perf_counter() - start, profile.totals["text_tokens"])
 """
 
@@ -141,6 +141,32 @@ def test_a_fresh_process_reads_the_cache(tmp_path: Path, own_cache: Path) -> Non
     seconds, text_tokens = run.stdout.split()
     assert int(text_tokens) == profile.totals["text_tokens"]
     assert float(seconds) < 2.0
+
+
+def test_a_stopped_call_goes_on_behind_the_last_whole_chunk(monkeypatch: pytest.MonkeyPatch, own_cache: Path) -> None:
+    data = make()
+    expected, _ = profile_dataset(data, tiny.llava(), labels="all")
+    monkeypatch.setattr(module, "CHUNK_ROWS", 5)
+    seen: list[int] = []
+    stops_at = [12]
+    original = module.Annotator.__call__
+
+    def counted(self: Any, table: Any, indices: Any) -> Any:
+        if max(indices) >= stops_at[0]:
+            raise KeyboardInterrupt
+        seen.extend(indices)
+        return original(self, table, indices)
+
+    monkeypatch.setattr(module.Annotator, "__call__", counted)
+    with pytest.raises(KeyboardInterrupt):
+        profile_dataset(data, tiny.llava())
+    assert seen == list(range(10))
+    seen.clear()
+    stops_at[0] = 999
+    annotated, _ = profile_dataset(data, tiny.llava())
+    assert seen == list(range(10, 24))
+    assert not list(own_cache.rglob("*.parts"))
+    assert annotated["dflop_text_tokens"][:] == expected["dflop_text_tokens"][:]
 
 
 def test_annotated_rows_are_used_again_and_other_processors_are_noticed(

@@ -1,4 +1,4 @@
-"""A dataset id of the Hub, end to end against a local server: downloaded, streamed, gated, missing."""
+"""A dataset id of the Hub, end to end against a local server: downloaded, streamed, gated, missing, lost midway."""
 
 import json
 import os
@@ -13,7 +13,8 @@ from tests.unit.profile.test_dataset import make
 from tests.unit.rows import tiny
 
 SCRIPT = """
-import json, sys
+import json, sys, time
+import datasets
 from hf_dflop.errors import DatasetError
 from hf_dflop.profile import profile_dataset
 from hf_dflop.shapes import SHAPE_COLUMNS
@@ -29,6 +30,18 @@ for missing in ("acme/nothing", "acme/gated"):
         profile_dataset(missing, tiny.llava(), split="train")
     except DatasetError as error:
         found[missing] = str(error)
+# The second file of this split breaks off in the middle, again and again.
+datasets.config.STREAMING_READ_MAX_RETRIES = 1
+datasets.config.STREAMING_READ_RETRY_INTERVAL = 0
+time.sleep = lambda *_: None
+for on_error in ("raise", "skip"):
+    try:
+        rows, profile = profile_dataset(
+            "acme/photos", tiny.llava(), split="validation", streaming=True, on_error=on_error, verify=2
+        )
+        found["lost"] = [profile.num_samples, [[error.index, error.reason] for error in profile.errors]]
+    except DatasetError as error:
+        found["broken"] = [type(error).__name__, str(error)]
 print(json.dumps(found))
 """
 
@@ -39,7 +52,11 @@ def test_a_dataset_of_the_hub(tmp_path: Path) -> None:
         file = BytesIO()
         data.select(range(i, 8)).to_parquet(file)
         files[f"data/{split}-00000-of-00001.parquet"] = file.getvalue()
-    with hub("acme/photos", files) as (endpoint, asked):
+    for i, part in enumerate((range(5), range(5, 8))):
+        file = BytesIO()
+        data.select(part).to_parquet(file)
+        files[f"data/validation-0000{i}-of-00002.parquet"] = file.getvalue()
+    with hub("acme/photos", files, lost=frozenset({"data/validation-00001-of-00002.parquet"})) as (endpoint, asked):
         kept = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "HF_TOKEN", "HF_DATASETS_OFFLINE")}
         done = subprocess.run(
             [sys.executable, "-c", SCRIPT],
@@ -56,4 +73,9 @@ def test_a_dataset_of_the_hub(tmp_path: Path) -> None:
     for missing in ("acme/nothing", "acme/gated"):
         assert f"the dataset '{missing}' cannot be loaded" in found[missing]
         assert "\n" not in found[missing]
+    name, told = found["broken"]
+    assert name == "StreamError"
+    assert "row 5: the stream broke after 5 rows" in told
+    assert "\n" not in told
+    assert found["lost"] == [5, [[5, told]]]
     assert any("train-00000" in line for line in asked)

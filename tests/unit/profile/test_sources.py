@@ -1,13 +1,15 @@
 """Everything that a dataset can be: splits, files and folders, streams."""
 
 import json
+import tarfile
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
 
-from hf_dflop.errors import DatasetError, ProcessorError
+from hf_dflop.errors import DatasetError, ProcessorError, StreamError
 from hf_dflop.profile import annotation_of, profile_dataset
 from hf_dflop.shapes import SHAPE_COLUMNS
 from tests.unit.profile.test_bad_rows import GOOD_AT, mixed, picture
@@ -141,3 +143,37 @@ def test_bad_rows_of_a_stream(on_error: str) -> None:
         assert sum(row["dflop_error"] is not None for row in rows) == len(wanted) - 1
     with pytest.raises(DatasetError, match="row 0"):
         profile_dataset(stream, tiny.llava())
+
+
+@pytest.mark.parametrize("num_good", [0, 70])
+def test_a_stream_that_breaks(num_good: int) -> None:
+    def rows() -> Any:
+        for i in range(num_good):
+            yield {"question": "q", "answer": "a " * (i + 1)}
+        raise ConnectionError("gone")
+
+    stream = datasets.IterableDataset.from_generator(rows)
+    with pytest.raises(StreamError, match=rf"row {num_good}: the stream broke after {num_good} rows.*gone"):
+        profile_dataset(stream, tiny.llava())
+    if not num_good:
+        with pytest.raises(StreamError, match="after 0 rows"):
+            profile_dataset(stream, tiny.llava(), on_error="skip")
+        return
+    _, profile = profile_dataset(stream, tiny.llava(), on_error="skip")
+    assert profile.num_samples == num_good
+    assert [error.index for error in profile.errors] == [num_good]
+    assert "ConnectionError: gone" in profile.errors[0].reason
+
+
+def test_a_folder_of_webdataset_archives(tmp_path: Path) -> None:
+    for shard in range(2):
+        with tarfile.open(tmp_path / f"photos-{shard:05}.tar", "w") as archive:
+            for i in range(2):
+                for ending, content in (("jpg", picture(56 * (i + 1), 56 * (shard + 1))), ("txt", b"the sea")):
+                    entry = tarfile.TarInfo(f"s{shard}{i}.{ending}")
+                    entry.size = len(content)
+                    archive.addfile(entry, BytesIO(content))
+    for path, streaming in ((tmp_path, False), (tmp_path, True), (tmp_path / "photos-00001.tar", False)):
+        annotated, _ = profile_dataset(path, tiny.qwen2_vl(), streaming=streaming)
+        patches = [row["dflop_image_patches"] for row in annotated]
+        assert patches == ([32, 64] if path.suffix else [16, 32, 32, 64])  # 56 pixels are 4 patches of 14

@@ -1,0 +1,111 @@
+"""Refuses what a Trainer cannot do exactly with a pipeline, by name and with the remedy, before anything is built.
+
+In: Trainer's own arguments. Out: nothing, or a `TrainerError`.
+"""
+
+from typing import Any
+
+from torch.utils.data import IterableDataset
+
+from hf_dflop.errors import TrainerError
+from hf_dflop.integrations.callback import DflopCallback
+from hf_dflop.pipeline import PipelineModel
+
+__all__ = ["check_arguments", "check_dataset", "check_pieces"]
+
+_UNSUPPORTED: tuple[tuple[str, str], ...] = (
+    ("fp16", "use bf16, or float32: the scaler of float16 looks for overflows on one rank alone"),
+    ("label_smoothing_factor", "set it to 0: the loss is the model's own"),
+    ("torch_compile", "compile the model's layers yourself before PipelineModel, or leave it out"),
+    ("deepspeed", "the plan lays out the model: leave it out"),
+    ("fsdp", "the plan lays out the model: leave it out"),
+    ("parallelism_config", "the plan lays out the model: leave it out"),
+    ("gradient_checkpointing", "set `checkpointing` of the plan's modules instead"),
+    ("neftune_noise_alpha", "leave it out: the noise would differ between ranks"),
+    ("use_liger_kernel", "apply the kernels to the model before PipelineModel"),
+    ("auto_find_batch_size", "leave it out: `hf-dflop plan` finds what fits"),
+    ("optim_target_modules", "use another optimizer: layer-wise ones step in the backward"),
+    ("batch_eval_metrics", "leave it out: evaluation gives the loss alone"),
+)
+
+
+def check_arguments(args: Any, pipe: PipelineModel) -> None:
+    """Raises `TrainerError` for a setting of `TrainingArguments` that the pipeline does not run."""
+    for name, remedy in _UNSUPPORTED:
+        value = getattr(args, name, None)
+        if value not in (None, False, 0, 0.0, "", [], {}):
+            raise TrainerError(f"{name}={value!r} does not go with a pipeline; {remedy}.")
+    if getattr(args, "activation_checkpointing", False):
+        raise TrainerError("activation_checkpointing does not go with a pipeline; set `checkpointing` in the plan.")
+    if args.bf16 and pipe.wire.autocast is None:
+        raise TrainerError(
+            "bf16=True, but the pipeline computes without autocast; build it with "
+            "PipelineModel.from_pretrained(..., autocast=torch.bfloat16)."
+        )
+    if args.include_num_input_tokens_seen not in (False, "no"):
+        raise TrainerError("include_num_input_tokens_seen needs the ids of all ranks; set it to 'no'.")
+    if args.train_sampling_strategy == "batch_rebalance":
+        raise TrainerError("train_sampling_strategy='batch_rebalance' composes microbatches itself; use 'random'.")
+    if not args.accelerator_config.use_seedable_sampler:
+        raise TrainerError("use_seedable_sampler=False draws another order on every rank; set it to True.")
+    calls, rest = divmod(args.gradient_accumulation_steps, pipe.plan.num_microbatches)
+    if rest or not calls:
+        raise TrainerError(
+            f"gradient_accumulation_steps={args.gradient_accumulation_steps}, and the plan has "
+            f"{pipe.plan.num_microbatches} microbatches: a pipeline accumulates over them. Set it to "
+            f"{pipe.plan.num_microbatches} or a multiple, and per_device_train_batch_size to the samples of one."
+        )
+    wanted = pipe.plan.global_batch_size
+    found = args.train_batch_size * args.gradient_accumulation_steps * pipe.plan.llm.dp
+    if wanted not in (None, found):
+        raise TrainerError(
+            f"the plan's global_batch_size is {wanted}; per_device_train_batch_size={args.train_batch_size} × "
+            f"gradient_accumulation_steps={args.gradient_accumulation_steps} × {pipe.plan.llm.dp} replicas make "
+            f"{found}."
+        )
+
+
+def check_pieces(model: Any, collator: Any, callbacks: Any, **given: Any) -> None:
+    """Raises `TrainerError` for arguments of `Trainer` itself.
+
+    Args:
+        model: must be a [`PipelineModel`].
+        collator: the data collator.
+        callbacks: those given to `Trainer`.
+        given: arguments that must not be given.
+    """
+    if not isinstance(model, PipelineModel):
+        raise TrainerError(
+            f"DflopTrainer trains a PipelineModel, not a {type(model).__name__}: build one with "
+            "PipelineModel.from_model(model, plan=plan), or use Trainer with DflopCallback."
+        )
+    for name, value in given.items():
+        if value is not None:
+            raise TrainerError(f"{name} is not supported by DflopTrainer; {_REMEDIES[name]}.")
+    if collator is None:
+        raise TrainerError("DflopTrainer needs a data_collator: a VisionLanguageCollator or a PackedCollator.")
+    if getattr(getattr(collator, "collator", collator), "dummy_image", False):
+        raise TrainerError(
+            "dummy_image=True adds rows that no shape column counts; a pipeline needs none: leave it out."
+        )
+    if any(isinstance(callback, DflopCallback) or callback is DflopCallback for callback in callbacks or ()):
+        raise TrainerError(
+            "DflopCallback balances data-parallel runs; DflopTrainer balances by its plan: leave it out."
+        )
+
+
+_REMEDIES = {
+    "model_init": "build the PipelineModel first",
+    "compute_loss_func": "the loss is the model's own, divided by the step's label tokens",
+    "compute_metrics": "evaluation gives the loss; save the model and evaluate it with a stock Trainer",
+    "preprocess_logits_for_metrics": "evaluation gives the loss; save the model and evaluate it with a stock Trainer",
+    "peft_config": "add adapters to the model before PipelineModel",
+}
+
+
+def check_dataset(dataset: Any, what: str) -> None:
+    """Raises `TrainerError` unless rows can be read by index."""
+    if dataset is None:
+        raise TrainerError(f"there is no {what}.")
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
+        raise TrainerError(f"the {what} is a stream; each rank reads rows by index: use a map-style dataset.")

@@ -1,0 +1,20 @@
+"""Stock vision-language models over pipelines of different, ragged stages.
+
+model        PipelineModel: a rank's share of the model; a step, clipping, saving
+topology     which rank runs which stages for which replica
+shape        the shapes of a step, known on every rank
+batch        one rank's inputs of a step
+bridge       which encoder replica encodes what, and where its rows go
+structure    where a model can be cut; shell, split: the modules of the stages
+stage        a stage on torch.distributed.pipelining; schedule: its runtime
+features, handshake   the format of image features
+grads, loss  sums over replicas, tied weights, the true norm
+checkpoint   one stock checkpoint out
+"""
+
+from hf_dflop.pipeline.batch import StepBatch, build_batch
+from hf_dflop.pipeline.model import PipelineModel, StepResult
+from hf_dflop.pipeline.shape import MicrobatchShape, StepShape
+from hf_dflop.pipeline.topology import Topology
+
+__all__ = ["MicrobatchShape", "PipelineModel", "StepBatch", "StepResult", "StepShape", "Topology", "build_batch"]

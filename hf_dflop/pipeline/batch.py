@@ -1,0 +1,83 @@
+"""The inputs of one rank for one call: text where the LLM runs, pixels where the encoder runs, labels at the end.
+
+In: the step's shapes, a way to collate any of its samples. Out: a `StepBatch`. A rank asks only for the samples that
+it works on, so encoder ranks never build text of others, and LLM ranks never keep pixels.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hf_dflop.errors import ModelError
+from hf_dflop.pipeline.bridge import route_step
+from hf_dflop.pipeline.shape import StepShape
+from hf_dflop.pipeline.structure import is_pixels
+from hf_dflop.pipeline.topology import Topology
+
+__all__ = ["Sample", "StepBatch", "build_batch"]
+
+Sample = tuple[int, int, int]
+"""Microbatch, LLM replica, place in that microbatch."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepBatch:
+    """What `PipelineModel.step` takes. Lists have one entry per microbatch, `None` where the rank has no work."""
+
+    shape: StepShape
+    text: tuple[Mapping[str, Any] | None, ...] = ()
+    """Text inputs of this rank's LLM replica (`input_ids`, ..., `labels`); empty on encoder ranks."""
+    vision: tuple[Mapping[str, Any] | None, ...] = ()
+    """Inputs of `get_image_features` of this rank's encoder replica; empty on LLM ranks."""
+
+
+def build_batch(
+    shape: StepShape,
+    topology: Topology,
+    rank: int,
+    collate_text: Callable[[Sequence[Sample]], Mapping[str, Any]],
+    collate_vision: Callable[[Sequence[Sample]], Mapping[str, Any]] | None = None,
+) -> StepBatch:
+    """The inputs of a rank.
+
+    Args:
+        shape (`StepShape`): shapes of the call.
+        topology (`Topology`), rank (`int`): the plan's ranks, and which of them.
+        collate_text (`Callable`):
+            Samples -> the model's inputs. Pixels in it are dropped; give a collator that does not decode them.
+        collate_vision (`Callable`, *optional*):
+            Samples -> inputs of the encoder; `collate_text` by default. Labels and ids in it are dropped.
+
+    Raises:
+        ModelError: a microbatch holds videos.
+    """
+    place = topology.place(rank)
+    text: list[Mapping[str, Any] | None] = []
+    vision: list[Mapping[str, Any] | None] = []
+    routes = route_step(shape, topology.replicas(0), colocated=not topology.disjoint)
+    for m, (replicas, route) in enumerate(zip(shape.microbatches, routes, strict=True)):
+        if place.is_llm:
+            samples = [(m, place.replica, i) for i in range(len(replicas[place.replica].features))]
+            inputs = collate_text(samples) if samples else None
+            if inputs is not None:
+                _images_only(inputs)
+                drop_labels = topology.last_stage not in place.stages
+                inputs = {
+                    key: value
+                    for key, value in inputs.items()
+                    if not is_pixels(key) and not (drop_labels and key == "labels")
+                }
+            text.append(inputs)
+        if place.encodes:
+            samples = [(m, d, i) for d, i in route.samples[place.replica]]
+            found = (collate_vision or collate_text)(samples) if samples else None
+            if found is not None:
+                found = {key: value for key, value in found.items() if key not in ("input_ids", "labels")}
+            vision.append(found)
+    return StepBatch(shape=shape, text=tuple(text), vision=tuple(vision))
+
+
+def _images_only(inputs: Mapping[str, Any]) -> None:
+    for key, value in inputs.items():
+        if "video" in key and value is not None:
+            raise ModelError(f"the microbatch holds {key}; the pipeline runs images only: drop videos, or use DDP.")

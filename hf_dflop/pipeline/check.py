@@ -1,0 +1,237 @@
+"""Start-up check: the LLM's stages, chained, against the whole LLM, on a small copy, forward and backward.
+
+In: the model's class and config, the plan, the text inputs of a real microbatch, the format of the features. Out:
+nothing, or `ModelError` with what differs. Everything is in one process, on the CPU, in float64, and takes about as
+long as building a model of a few million weights.
+
+The copy has the real class, layers, kinds of layers, head size and plan; hidden size, width of MLPs and vocabulary are
+small. Features are random. So masks, positions, scaled embeddings, features of several depths and the loss are
+tried on what the model's own code makes of them. The encoder is one stage, run by its own code: nothing to try.
+
+Assumption: what is exact at a small size is exact at the real one.
+"""
+
+import copy
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_dflop.errors import ModelError
+from hf_dflop.pipeline.features import FeatureFormat, unflatten
+from hf_dflop.pipeline.shell import Foreign
+from hf_dflop.pipeline.split import LlmPart, build_part
+from hf_dflop.pipeline.structure import Structure, read_structure
+from hf_dflop.plan.plan import Plan
+
+__all__ = ["check_chain"]
+
+logger = logging.getLogger(__name__)
+
+_VOCABULARY = 512
+_RESERVED = 64
+_WIDTH = 32
+_TOLERANCE = 1e-9
+_WIDTHS = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size", "ffn_hidden_size")
+
+
+def check_chain(
+    model_class: type,
+    config: Any,
+    structure: Structure,
+    plan: Plan,
+    inputs: Mapping[str, Any],
+    num_features: int,
+    form: FeatureFormat | None,
+) -> None:
+    """Try the plan's stages on a small copy of the LLM.
+
+    Args:
+        model_class (`type`), config (`PreTrainedConfig`): of the model.
+        structure (`Structure`): of the model; only whether its embeddings are tied is used.
+        plan (`Plan`): the layers of each stage.
+        inputs (`Mapping`): text inputs of one microbatch; without labels, tokens are their own labels.
+        num_features (`int`), form (`FeatureFormat`, *optional*): rows of features of the microbatch, their format.
+
+    Raises:
+        ModelError: loss or gradients of the chained stages are not those of the whole model.
+    """
+    if plan.llm.num_stages == 1 and form is None:
+        return
+    try:
+        small, ids = _small_copy(model_class, config, structure.tied)
+        text = _small_inputs(inputs, ids)
+        small_form, features = _features(small, form if num_features else None, num_features)
+        with torch.random.fork_rng([]):
+            whole = _whole(small, text, features, small_form)
+    except Exception as error:
+        logger.warning(
+            "the stages could not be tried on a small copy of %s (%s: %s); the pipeline runs unchecked.",
+            model_class.__name__,
+            type(error).__name__,
+            error,
+        )
+        return
+    try:
+        chained = _chained(small, plan, text, features, small_form)
+    except Exception as error:
+        raise ModelError(
+            f"{model_class.__name__} cannot be run in the stages {plan.llm.layers}: {type(error).__name__}: {error}"
+        ) from error
+    _compare(model_class.__name__, plan, whole, chained)
+
+
+Found = tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]
+"""Gradients, the loss divided by one, the loss divided by two."""
+
+
+def _small_copy(model_class: Any, config: Any, tied: bool) -> tuple[Any, dict[int, int]]:
+    small = copy.deepcopy(config)
+    text = small.get_text_config()
+    heads, hidden = text.num_attention_heads, text.hidden_size
+    key_heads = getattr(text, "num_key_value_heads", None) or heads
+    head_size = getattr(text, "head_dim", None) or hidden // heads
+    text.num_attention_heads, text.hidden_size = 2, 2 * head_size
+    if getattr(text, "num_key_value_heads", None) is not None:
+        text.num_key_value_heads = 1 if key_heads < heads else 2
+    for name in _WIDTHS:
+        if isinstance(getattr(text, name, None), int):
+            setattr(text, name, _WIDTH)
+    ids = _reserve(small, text)
+    text.vocab_size = _VOCABULARY
+    if "flash" in (small._attn_implementation or ""):
+        small._attn_implementation = "sdpa"  # on the CPU; the masks mean the same
+    with torch.device("meta"):
+        whole = model_class(small).double()
+    structure = read_structure(whole)
+    decoder = type(whole.get_submodule(structure.decoder))(text).double()
+    _put(whole, structure.decoder, decoder)
+    for name in structure.encoder:
+        _put(whole, name, Foreign())
+    generator = torch.Generator().manual_seed(0)
+    for name in structure.head:
+        whole.get_submodule(name).to_empty(device="cpu")
+    for parameter in whole.parameters():
+        if parameter.ndim > 1 and not parameter.is_meta:
+            with torch.no_grad():
+                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+                parameter.copy_(noise * parameter.shape[-1] ** -0.5)
+    if tied:
+        whole.get_output_embeddings().weight = whole.get_input_embeddings().weight
+    return whole.eval(), ids
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    model.get_submodule(parent)._modules[leaf] = module
+
+
+def _reserve(config: Any, text: Any) -> dict[int, int]:
+    """Token ids that the config names, moved into the small vocabulary; returns old -> new."""
+    ids: dict[int, int] = {}
+    for part in {id(config): config, id(text): text}.values():
+        for name, value in list(vars(part).items()):
+            if not name.endswith(("_token_id", "_token_index")):
+                continue
+            if isinstance(value, int):
+                setattr(part, name, ids.setdefault(value, _VOCABULARY - 1 - len(ids)))
+            elif isinstance(value, list) and all(isinstance(v, int) for v in value):
+                setattr(part, name, [ids.setdefault(v, _VOCABULARY - 1 - len(ids)) for v in value])
+    return ids
+
+
+def _small_inputs(inputs: Mapping[str, Any], ids: Mapping[int, int]) -> dict[str, Any]:
+    given = {key: _double(value) for key, value in inputs.items()}
+    tokens = given["input_ids"].cpu()
+    small = tokens % (_VOCABULARY - _RESERVED)
+    for old, new in ids.items():
+        small[tokens == old] = new
+    given["input_ids"] = small
+    given["labels"] = small.clone()
+    return given
+
+
+def _double(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu()
+        return value.double() if value.is_floating_point() else value
+    if isinstance(value, Mapping):
+        return {key: _double(part) for key, part in value.items()}
+    return value
+
+
+def _features(model: Any, form: FeatureFormat | None, rows: int) -> tuple[FeatureFormat | None, torch.Tensor | None]:
+    if form is None:
+        return None, None
+    width = int(model.config.get_text_config().hidden_size)
+    trailing = None if form.trailing is None else (*form.trailing[:-1], width)
+    small = FeatureFormat(width=width, trailing=trailing, extras=form.extras)
+    generator = torch.Generator().manual_seed(1)
+    return small, torch.randn(rows, small.sent_width, generator=generator, dtype=torch.float64)
+
+
+def _grads(model: nn.Module, features: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    if features is not None and features.grad is not None:
+        grads["image features"] = features.grad
+    return grads
+
+
+def _whole(model: Any, text: Mapping[str, Any], features: torch.Tensor | None, form: FeatureFormat | None) -> Found:
+    losses = []
+    for divisor in (2.0, 1.0):
+        model.zero_grad()
+        given = {"use_cache": False, **text}
+        leaf = None if features is None else features.clone().requires_grad_()
+        if leaf is not None and form is not None:
+            given["mm_encoder_outputs"] = {"image": unflatten(leaf, form)}
+        loss = model(**given, num_items_in_batch=torch.tensor(divisor), return_dict=True).loss
+        loss.backward()
+        losses.append(loss.detach())
+    found = _grads(model, leaf), losses[1], losses[0]
+    model.zero_grad()
+    return found
+
+
+def _chained(
+    model: Any, plan: Plan, text: Mapping[str, Any], features: torch.Tensor | None, form: FeatureFormat | None
+) -> Found:
+    structure = read_structure(model)
+    leaf = None if features is None else features.clone().requires_grad_()
+    received, edges = leaf, []
+    for stage in range(1, plan.llm.num_stages + 1):
+        part = build_part(model, structure, plan, stage)
+        assert isinstance(part, LlmPart)
+        output = part(text, received, form, torch.tensor(1.0))
+        output = output.loss if part.last else output
+        edges.append((output, received))
+        received = output.detach().requires_grad_()
+    loss, gradient = edges[-1][0].detach(), None
+    for output, received in reversed(edges):
+        torch.autograd.backward(output, gradient)
+        gradient = None if received is None else received.grad
+    return _grads(model, leaf), loss, loss / 2
+
+
+def _compare(name: str, plan: Plan, whole: Found, chained: Found) -> None:
+    expected, loss, half = whole
+    found, chained_loss, _ = chained
+    told = f"{name} is not exact in the stages {plan.llm.layers}"
+    if abs(float(loss - 2 * half)) > _TOLERANCE * abs(float(loss)):
+        raise ModelError(
+            f"the loss of {name} is not a sum over label tokens divided by num_items_in_batch ({float(loss):.6g} for "
+            f"one, {float(half):.6g} for two): microbatches would not add up to the step's loss."
+        )
+    if abs(float(loss - chained_loss)) > _TOLERANCE * abs(float(loss)):
+        raise ModelError(
+            f"{told}: its loss on a small copy is {float(loss):.9g} whole and {float(chained_loss):.9g} in stages. A "
+            "later stage needs what only an earlier one has (features put into more layers than the first stage "
+            "holds): give the first stage more layers, or use fewer stages."
+        )
+    largest = max(float(grad.abs().max()) for grad in expected.values())
+    for key, grad in expected.items():
+        other = found.get(key)
+        if other is None or float((grad - other).abs().max()) > _TOLERANCE * largest:
+            raise ModelError(f"{told}: the gradient of {key} on a small copy is not that of the whole model.")

@@ -1,0 +1,50 @@
+"""A pipeline's weights → one stock checkpoint.
+
+In: every rank's share. Out: on rank 0 a whole state dict with the stock names, written by the model class's own
+`save_pretrained`.
+
+Assumption: rank 0's host has room for the whole model.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+if TYPE_CHECKING:
+    from hf_dflop.pipeline.model import PipelineModel
+
+__all__ = ["gather_state_dict", "save_stock"]
+
+
+def gather_state_dict(pipe: "PipelineModel") -> dict[str, torch.Tensor]:
+    """All ranks call it; rank 0 gets parameters and buffers of the whole model, on the CPU, others nothing."""
+    rank = pipe.place.rank
+    own = {} if pipe.place.replica else {name: value.detach() for name, value in pipe.state_dict().items()}
+    listed: list[Any] = [None] * pipe.plan.num_ranks
+    names = [(name, tuple(value.shape), str(value.dtype).removeprefix("torch.")) for name, value in own.items()]
+    dist.all_gather_object(listed, names)
+    gathered: dict[str, torch.Tensor] = {}
+    for source, entries in enumerate(listed):
+        for name, shape, dtype in entries:
+            if rank == 0 and source == 0:
+                gathered[name] = own[name].cpu()
+            elif rank == 0:
+                buffer = torch.empty(shape, dtype=getattr(torch, dtype), device=pipe.wire.device)
+                dist.recv(buffer, src=source)
+                gathered.setdefault(name, buffer.cpu())
+            elif rank == source:
+                dist.send(own[name].contiguous(), dst=0)
+    return gathered
+
+
+def save_stock(pipe: "PipelineModel", folder: str, **kwargs: Any) -> None:
+    """Gather, write on rank 0, and let no rank go on before it is written."""
+    state = gather_state_dict(pipe)
+    if pipe.place.rank == 0:
+        with torch.device("meta"):
+            whole = pipe.model_class(pipe.config)
+        if pipe.generation_config is not None:
+            whole.generation_config = pipe.generation_config
+        whole.save_pretrained(folder, state_dict=state, **kwargs)
+    dist.barrier()

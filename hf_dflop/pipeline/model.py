@@ -1,0 +1,365 @@
+"""A stock vision-language model, run through the pipeline of a plan.
+
+In: a transformers model, a plan, the default process group. Out: a module that holds this rank's share of the
+parameters under their stock names, and `step`: forward and backward of a step's microbatches, gradients as one process
+would have.
+
+Assumptions: all ranks call the same methods in the same order, with the same shapes; the model has the
+same weights on all ranks (checked where ranks hold the same layers).
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from hf_dflop.errors import ModelError, PlanError
+from hf_dflop.pipeline.batch import StepBatch
+from hf_dflop.pipeline.bridge import Route, route_step
+from hf_dflop.pipeline.check import check_chain
+from hf_dflop.pipeline.checkpoint import gather_state_dict, save_stock
+from hf_dflop.pipeline.features import FeatureFormat
+from hf_dflop.pipeline.grads import clip_gradients, same_everywhere, squared_norm, sum_gradients
+from hf_dflop.pipeline.groups import new_group
+from hf_dflop.pipeline.handshake import agree_on_format, agree_on_stages
+from hf_dflop.pipeline.loss import count_label_tokens, sum_losses
+from hf_dflop.pipeline.schedule import fits_plan, make_runtime
+from hf_dflop.pipeline.setup import checkpoint_layers, freeze, is_reentrant
+from hf_dflop.pipeline.shell import drop
+from hf_dflop.pipeline.split import build_part, check_layers, foreign_names, owner_stage
+from hf_dflop.pipeline.stage import RaggedStage, StageStep, Wire
+from hf_dflop.pipeline.structure import read_structure
+from hf_dflop.pipeline.topology import VISION_STAGE, Topology
+from hf_dflop.plan.actions import Kind, Order
+from hf_dflop.plan.orders import make_order
+from hf_dflop.plan.plan import Plan
+
+__all__ = ["PipelineModel", "StepResult"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepResult:
+    """What a call gives, on every rank."""
+
+    loss: float
+    """Sum of token losses of the call ÷ label tokens of the optimizer step."""
+    label_tokens: int
+    """Label tokens of the call, counted in the labels themselves."""
+    logits: dict[int, torch.Tensor]
+    """Microbatch -> logits of this replica, on ranks of the last stage, if they were asked for."""
+    losses: dict[int, torch.Tensor] = field(default_factory=dict)
+    """Microbatch -> this replica's share of `loss`, on ranks of the last stage."""
+
+
+class PipelineModel(nn.Module):
+    """The share of a model that one rank of a plan runs.
+
+    `named_parameters`, `state_dict` and the module tree have the stock names; parts of other ranks are missing from
+    them. Build it with [`~PipelineModel.from_model`] or [`~PipelineModel.from_pretrained`].
+
+    Example:
+        >>> pipe = hf_dflop.PipelineModel.from_pretrained(model_id, plan=plan)             # doctest: +SKIP
+        >>> optimizer = torch.optim.AdamW(pipe.parameters(), lr=1e-5)                      # doctest: +SKIP
+        >>> result = pipe.step(batch)                                                      # doctest: +SKIP
+        >>> pipe.clip_grad_norm_(1.0), optimizer.step(), optimizer.zero_grad()             # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        plan: Plan,
+        device: torch.device | str | None = None,
+        autocast: torch.dtype | None = None,
+        order: Order | None = None,
+        check: bool = True,
+    ) -> None:
+        super().__init__()
+        size = dist.get_world_size()
+        if size != plan.num_ranks:
+            raise PlanError(f"the plan needs {plan.num_ranks} processes; {size} were launched. Launch as many.")
+        self.plan = plan
+        self.topology = Topology(plan=plan)
+        self.place = self.topology.place(dist.get_rank())
+        self.structure = read_structure(model)
+        check_layers(plan, self.structure)
+        freeze(model, self.structure, plan.frozen)
+        checkpoint_layers(model, self.structure, vision=plan.vision.checkpointing, llm=plan.llm.checkpointing)
+        self.config, self.model_class = model.config, type(model)
+        self.generation_config = getattr(model, "generation_config", None)
+        self.stock_names = tuple(name for name, _ in model.named_parameters())
+        self.wire = Wire(
+            dtype=model.get_input_embeddings().weight.dtype,
+            device=torch.device("cpu" if device is None else device),
+            hidden_size=self.structure.hidden_size,
+            autocast=autocast,
+        )
+        self._reentrant = is_reentrant(model)
+        self._given_order = order
+        self._orders: dict[int, Order] = {}
+        self._runtimes: dict[Any, Any] = {}
+        self._form: FeatureFormat | None = None
+        self._needs_sum = False
+        self._earlier: dict[nn.Parameter, torch.Tensor] = {}
+        self._check = check
+        self._checked: set[bool] = set()
+        trainable = self._trainable(model)
+        parts = {stage: build_part(model, self.structure, plan, stage) for stage in self.place.stages}
+        drop(model, *foreign_names(self.structure, plan, self.place.stages))
+        for part in parts.values():
+            part.to(self.wire.device)
+        for name, child in model.named_children():
+            self.add_module(name, child)
+        self._stages = [
+            RaggedStage(part, stage, self.topology, self.place, trainable, self.wire) for stage, part in parts.items()
+        ]
+        self._column_group = new_group(map(self.topology.column_ranks, range(self.topology.num_columns)))
+        self._tie_group = new_group(self._ties())
+        self._check_same_weights()
+
+    @classmethod
+    def from_model(cls, model: Any, *, plan: Plan, **settings: Any) -> "PipelineModel":
+        """Take over a model that every rank has built with the same weights; parts of other ranks are freed.
+
+        Args:
+            model (`PreTrainedModel`): a vision-language model with its LM head, on the CPU, not wrapped.
+            plan (`Plan`): a plan for as many processes as were launched.
+            device (`torch.device`, *optional*): of this rank; by default the CPU.
+            autocast (`torch.dtype`, *optional*): compute under autocast in that type; tensors travel in the
+                parameters' type.
+            order (`Order`, *optional*): actions of a step; by default those of `plan.schedule`.
+            check (`bool`, defaults to `True`): at the first step, try the stages on a small copy of the model.
+
+        Raises:
+            PlanError: the plan does not fit the model or the number of processes.
+            ModelError: the model cannot be cut, or differs between ranks.
+        """
+        return cls(model, plan=plan, **settings)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        id_or_path: str,
+        *,
+        plan: Plan,
+        device: torch.device | str | None = None,
+        autocast: torch.dtype | None = None,
+        order: Order | None = None,
+        check: bool = True,
+        **kwargs: Any,
+    ) -> "PipelineModel":
+        """Load a checkpoint and keep this rank's share; `kwargs` go to the model's own `from_pretrained`.
+
+        The checkpoint is read whole into the host's memory, and only this rank's part goes to the device.
+        """
+        from transformers import AutoModelForImageTextToText
+
+        model = AutoModelForImageTextToText.from_pretrained(id_or_path, **kwargs)
+        return cls(model, plan=plan, device=device, autocast=autocast, order=order, check=check)
+
+    # Set-up -----------------------------------------------------------------------------------------------------
+
+    def _trainable(self, model: nn.Module) -> tuple[bool, ...]:
+        stages = [False] * self.topology.num_stages
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            stages[owner_stage(self.structure, self.plan, name)] |= parameter.requires_grad
+        return tuple(stages)
+
+    def _ties(self) -> list[tuple[int, ...]]:
+        """The first and the last LLM rank of each replica where they hold copies of one weight."""
+        columns, last = self.topology.stage_columns, self.topology.last_stage
+        if not self.structure.tied or columns[1] == columns[last]:
+            return []
+        replicas = range(self.plan.llm.dp)
+        return [(self.topology.rank(1, replica), self.topology.rank(last, replica)) for replica in replicas]
+
+    def _tied_weight(self) -> nn.Parameter:
+        holder = self.get_submodule(self.structure.embedding) if 1 in self.place.stages else self._head()
+        weight = holder.weight
+        assert isinstance(weight, nn.Parameter)
+        return weight
+
+    def _head(self) -> nn.Module:
+        return next(
+            m for name in self.structure.head for m in self.get_submodule(name).modules() if hasattr(m, "weight")
+        )
+
+    def _check_same_weights(self) -> None:
+        same = self._column_group is None or same_everywhere(list(self.parameters()), self._column_group)
+        if self._tie_group is not None:
+            same &= same_everywhere([self._tied_weight()], self._tie_group)
+        agreed = torch.tensor(int(same), device=self.wire.device)
+        dist.all_reduce(agreed, op=dist.ReduceOp.MIN)
+        if not agreed.item():
+            raise ModelError(
+                "ranks that hold the same layers have different weights; build the model with the same seed on every "
+                "rank, or load it from a checkpoint."
+            )
+
+    def train(self, mode: bool = True) -> "PipelineModel":
+        super().train(mode)
+        for stage in getattr(self, "_stages", ()):
+            stage.submod.train(mode)
+        return self
+
+    def order_for(self, num_microbatches: int) -> Order:
+        """The actions of a step of that many microbatches."""
+        if self._given_order is not None:
+            fits_plan(self._given_order, self.topology.stage_columns, num_microbatches)
+            return self._given_order
+        if num_microbatches not in self._orders:
+            self._orders[num_microbatches] = make_order(
+                self.plan.schedule, stage_rank=self.topology.stage_columns, num_microbatches=num_microbatches
+            )
+        return self._orders[num_microbatches]
+
+    def _runtime(self, order: Order, num_microbatches: int) -> Any:
+        key = (num_microbatches, id(order))
+        if key not in self._runtimes:
+            fits_plan(order, self.topology.stage_columns, num_microbatches)
+            split = any(action.kind is Kind.BACKWARD_INPUT for line in order for action in line)
+            if split and self._reentrant:
+                raise PlanError(
+                    "reentrant activation checkpointing does not go with a split backward (zero bubble); use "
+                    'gradient_checkpointing_kwargs={"use_reentrant": False}, or another schedule.'
+                )
+            if len(self._runtimes) >= 8:
+                self._runtimes.clear()
+            self._runtimes[key] = (make_runtime(self._stages, order, num_microbatches), order)
+        return self._runtimes[key][0]
+
+    # A step -------------------------------------------------------------------------------------------------------
+
+    def step(
+        self,
+        batch: StepBatch,
+        *,
+        backward: bool = True,
+        sync: bool = True,
+        loss_scale: float | torch.Tensor = 1.0,
+        order: Order | None = None,
+        keep_logits: bool = False,
+    ) -> StepResult:
+        """Run all microbatches of a call; gradients are added to `.grad`.
+
+        Args:
+            batch (`StepBatch`): shapes of the call, the same on all ranks, and this rank's inputs.
+            backward (`bool`, defaults to `True`): without it only the loss (and logits) is computed.
+            sync (`bool`, defaults to `True`):
+                Sum gradients over replicas at the end. Leave it out for all but the last of several calls of one
+                optimizer step; what was left out is summed then.
+            loss_scale (`float` or `torch.Tensor`, defaults to 1.0): factor on the loss before the backward (fp16).
+            order (`Order`, *optional*): the actions of this call, instead of the plan's.
+            keep_logits (`bool`, defaults to `False`): return logits.
+
+        Raises:
+            ShapeMismatchError: tensors are not of the shapes that were announced.
+        """
+        shape = batch.shape
+        routes = route_step(shape, self.topology.replicas(VISION_STAGE), colocated=not self.topology.disjoint)
+        runtime = self._runtime(order or self.order_for(shape.num_microbatches), shape.num_microbatches)
+        self._agree(batch, routes)
+        divisor = torch.tensor(max(shape.label_tokens, 1), device=self.wire.device)
+        steps: list[StageStep] = []
+        for stage in self._stages:
+            given = batch.vision if stage.is_vision else batch.text
+            steps.append(
+                StageStep(
+                    shape=shape,
+                    routes=routes,
+                    inputs=list(given) or [None] * shape.num_microbatches,
+                    form=self._form,
+                    loss_divisor=divisor,
+                    loss_scale=loss_scale,
+                    backward=backward,
+                    keep_logits=keep_logits,
+                )
+            )
+        if backward and not self._needs_sum:
+            self._set_aside()
+        for stage, step in zip(self._stages, steps, strict=True):
+            stage.begin(step)
+        runtime._has_backward = backward
+        runtime._step_microbatches(return_outputs=False)
+        for stage in self._stages:
+            stage.finish()
+        if backward:
+            self._needs_sum = True
+            if sync:
+                self.sum_gradients()
+        last = next((s for stage, s in zip(self._stages, steps, strict=True) if stage.is_last), None)
+        tokens = 0
+        if last is not None:
+            tokens = sum(count_label_tokens(t["labels"]) for t in batch.text if t is not None and "labels" in t)
+        loss, counted = sum_losses(last.losses.values() if last else (), tokens, self.wire.device)
+        return StepResult(
+            loss=loss, label_tokens=counted, logits=last.logits if last else {}, losses=last.losses if last else {}
+        )
+
+    def _agree(self, batch: StepBatch, routes: tuple[Route, ...]) -> None:
+        """At the first step, and at the first with images: the format of features; are the stages exact."""
+        has_images = any(any(route.encoder_rows) for route in routes)
+        if self._form is None and has_images:
+            vision = next((stage for stage in self._stages if stage.is_vision), None)
+            self._form = agree_on_format(batch, routes, self.topology, self.place, self.wire, vision)
+        if self._check and has_images not in self._checked and True not in self._checked:
+            self._checked.add(has_images)
+            check = partial(check_chain, self.model_class, self.config, self.structure, self.plan)
+            agree_on_stages(batch, self.topology, self.place, check, self._form if has_images else None)
+
+    def _set_aside(self) -> None:
+        """Keep gradients that were summed already apart, so that they are not summed twice."""
+        self._earlier = {p: p.grad for p in self.parameters() if p.grad is not None}
+        for parameter in self._earlier:
+            parameter.grad = None
+
+    def sum_gradients(self) -> None:
+        """Sum gradients over replicas and over the copies of tied embeddings; `step` calls it."""
+        if self._column_group is not None:
+            sum_gradients(list(self.parameters()), self._column_group)
+        if self._tie_group is not None:
+            sum_gradients([self._tied_weight()], self._tie_group)
+        for parameter, grad in self._earlier.items():
+            parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
+        self._earlier = {}
+        self._needs_sum = False
+
+    # What an optimizer loop needs -----------------------------------------------------------------------------------
+
+    def counted_parameters(self) -> Iterator[nn.Parameter]:
+        """Parameters that this rank counts where every parameter of the model counts once, over all ranks."""
+        if self.place.replica == 0:
+            skip = self._tied_weight() if self._tie_group is not None and 1 not in self.place.stages else None
+            yield from (parameter for parameter in self.parameters() if parameter is not skip)
+
+    def grad_norm(self) -> torch.Tensor:
+        """2-norm of the gradients of the whole model, on every rank."""
+        squared = squared_norm(self.counted_parameters(), self.wire.device)
+        dist.all_reduce(squared)
+        return squared.sqrt()
+
+    def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
+        """Scale the gradients so that the norm over the whole model is at most `max_norm`; returns the norm before."""
+        norm = self.grad_norm()
+        clip_gradients(self.parameters(), max_norm, norm)
+        return norm
+
+    def gather_state_dict(self) -> dict[str, torch.Tensor]:
+        """The stock state dict of the whole model, in the memory of rank 0's host; empty on other ranks."""
+        return gather_state_dict(self)
+
+    def save_pretrained(self, folder: str, **kwargs: Any) -> None:
+        """Write a stock checkpoint that plain transformers loads; all ranks call it, rank 0 writes."""
+        save_stock(self, folder, **kwargs)
+
+    def forward(self, batch: StepBatch | Mapping[str, Any]) -> StepResult:
+        """`step` in training mode, the loss alone in evaluation mode."""
+        if not isinstance(batch, StepBatch):
+            raise ModelError(
+                "PipelineModel takes a StepBatch: shapes of all ranks' microbatches, inputs of this one's."
+            )
+        return self.step(batch, backward=self.training and torch.is_grad_enabled())

@@ -1,0 +1,120 @@
+"""Which rank runs which stages for which replica, and the process groups of a plan.
+
+Stages count through the whole model: 0 is the encoder with its connector, 1, 2, ... are the LLM's. A *column* is a
+pipeline rank: the stages that one rank of a replica runs. Encoder and LLM may have different numbers of replicas.
+
+In: a plan. Out: stage → column, (stage, replica) → rank, rank → place. Ranks are those of the plan, counted from 0.
+
+Assumptions: one encoder stage, no tensor parallelism (refused here).
+"""
+
+from dataclasses import dataclass
+
+from hf_dflop.errors import PlanError
+from hf_dflop.plan.plan import Plan
+
+__all__ = ["VISION_STAGE", "Place", "Topology"]
+
+VISION_STAGE = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Place:
+    """Where a rank of the plan stands."""
+
+    rank: int
+    column: int
+    replica: int
+    stages: tuple[int, ...]
+
+    @property
+    def encodes(self) -> bool:
+        """Whether this rank runs the encoder, so needs pixels."""
+        return VISION_STAGE in self.stages
+
+    @property
+    def is_llm(self) -> bool:
+        """Whether this rank runs a stage of the LLM, so needs text."""
+        return any(stage != VISION_STAGE for stage in self.stages)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Topology:
+    """The ranks of a plan.
+
+    Example:
+        >>> from hf_dflop.plan import ModulePlan, Plan
+        >>> plan = Plan(vision=ModulePlan(layers=(2,), dp=2), llm=ModulePlan(layers=(2, 2)), num_microbatches=4)
+        >>> topology = Topology(plan=plan)
+        >>> topology.stage_columns, topology.place(3)
+        ((0, 1, 2), Place(rank=3, column=2, replica=0, stages=(2,)))
+
+    Raises:
+        PlanError: a plan that the pipeline cannot run.
+    """
+
+    plan: Plan
+
+    def __post_init__(self) -> None:
+        plan = self.plan
+        for name, module in (("vision", plan.vision), ("llm", plan.llm)):
+            if module.tp != 1:
+                raise PlanError(f"{name}.tp is {module.tp}; the pipeline runs without tensor parallelism: use tp=1.")
+        if plan.vision.num_stages != 1:
+            raise PlanError(
+                f"vision has {plan.vision.num_stages} stages; the pipeline runs the encoder as one stage: give it "
+                "one number of layers, and more replicas (dp) instead."
+            )
+        if plan.fsdp_shards != 1:
+            raise PlanError(
+                f"fsdp_shards is {plan.fsdp_shards}; the pipeline keeps whole parameters of a stage on each of its "
+                "ranks. Run such a plan with Trainer and FSDP."
+            )
+        if plan.cached_features:
+            raise PlanError("cached_features is set; the pipeline runs the encoder itself: unset it.")
+
+    @property
+    def disjoint(self) -> bool:
+        return self.plan.placement == "disjoint"
+
+    @property
+    def num_stages(self) -> int:
+        return 1 + self.plan.llm.num_stages
+
+    @property
+    def last_stage(self) -> int:
+        return self.num_stages - 1
+
+    @property
+    def stage_columns(self) -> tuple[int, ...]:
+        """Column of each stage."""
+        first = 1 if self.disjoint else 0
+        return (0, *(first + stage % self.plan.llm.pp for stage in range(self.plan.llm.num_stages)))
+
+    @property
+    def num_columns(self) -> int:
+        return self.plan.llm.pp + (1 if self.disjoint else 0)
+
+    def replicas(self, stage: int) -> int:
+        """Replicas of a stage."""
+        return self.plan.vision.dp if stage == VISION_STAGE else self.plan.llm.dp
+
+    def rank(self, stage: int, replica: int) -> int:
+        """The plan's rank that runs a stage for a replica."""
+        if stage == VISION_STAGE:
+            return self.plan.vision_ranks[replica]
+        return self.plan.llm_ranks[self.plan.llm.rank(stage=stage - 1, replica=replica)]
+
+    def place(self, rank: int) -> Place:
+        """Where a rank of the plan stands."""
+        for column in range(self.num_columns):
+            stages = tuple(stage for stage, at in enumerate(self.stage_columns) if at == column)
+            for replica in range(self.replicas(stages[-1])):
+                if self.rank(stages[-1], replica) == rank:
+                    return Place(rank=rank, column=column, replica=replica, stages=stages)
+        raise PlanError(f"rank {rank} is not one of the plan's {self.plan.num_ranks} ranks.")
+
+    def column_ranks(self, column: int) -> tuple[int, ...]:
+        """Ranks that hold copies of the same stages."""
+        stage = self.stage_columns.index(column)
+        return tuple(self.rank(stage, replica) for replica in range(self.replicas(stage)))

@@ -1,0 +1,38 @@
+"""Run benchmarks, check their ratios, or make the page from stored results."""
+
+import argparse
+import time
+from importlib import import_module
+
+RUNNABLE = ("balancing", "partition", "lengths", "scale")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m recipes.benchmarks", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("page", help="docs/benchmarks.md and its figures from the newest stored results")
+    run = commands.add_parser("run", help="measure topics in turn, then make the page")
+    run.add_argument("topics", nargs="*", metavar="TOPIC", help=f"default: {' '.join(RUNNABLE)}")
+    commands.add_parser("smoke", help="small versions of the topics; fails where a ratio leaves its stored bound")
+    given = parser.parse_args()
+    if given.command == "smoke":
+        from recipes.benchmarks.smoke import main as smoke
+
+        smoke()
+        return
+    if given.command == "run":
+        unknown = set(given.topics) - set(RUNNABLE)
+        if unknown:
+            parser.error(f"unknown topic {', '.join(sorted(unknown))}; choose from {', '.join(RUNNABLE)}")
+        for topic in given.topics or RUNNABLE:
+            begin = time.monotonic()
+            import_module(f"recipes.benchmarks.{topic}.__main__").main([] if topic != "balancing" else ["--fresh"])
+            print(f"[bench] {topic}: {(time.monotonic() - begin) / 60:.1f} minutes", flush=True)
+    from recipes.benchmarks.common.page import write_page
+
+    for path in write_page():
+        print(f"[bench] {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Topic: balancing in training, two processes, every sampler padded and packed."""

@@ -1,0 +1,1 @@
+"""Topic: predicted against measured, from what the other topics stored."""

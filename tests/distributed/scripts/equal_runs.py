@@ -1,0 +1,151 @@
+"""24 steps of stock and of balanced training agree in every parameter: DDP and FSDP2, padded and packed, LoRA.
+
+`ddp FILE` trains under DDP and saves what the stock runs end with; `fsdp FILE` trains under FSDP2 and compares with
+those, too. The rows without an image, on which a stock FSDP run breaks off, get a dummy image there. `loaded FILE`
+does so with a model that transformers sharded when it was loaded. With `all` after FILE, every combination is trained;
+without, as many as leave none of the conditions out.
+"""
+
+import os
+import sys
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from peft import LoraConfig, get_peft_model
+from torch.nn.parallel import DistributedDataParallel
+
+from hf_dflop import DflopCallback, PackedCollator
+from tests.distributed import tiny
+from tests.distributed.harness import NotingTrainer, parameters, relative_difference, train
+from tests.distributed.sharding import FSDP_ARGUMENTS, assert_sharded, let_cpus_shard
+
+WORLD = int(os.environ["EXPECTED_WORLD_SIZE"])
+STEPS = 24
+SHARDED = sys.argv[1] == "fsdp"
+LOADED = sys.argv[1] == "loaded"
+ALL = sys.argv[3:] == ["all"]
+SINGLE, DOUBLE = 1e-5, 1e-12
+SLOTS = {1: 8, 4: 2}
+"""Microbatches of a step, and samples in each: 16 samples a step, on two ranks."""
+ADAMW = {"optim": "adamw_torch", "learning_rate": 2e-3}
+SGD = {"optim": "sgd", "optim_args": "momentum=0.9", "learning_rate": 0.5}
+Final = dict[str, torch.Tensor]
+
+
+def model(dtype: torch.dtype, lora: bool) -> Any:
+    fresh = tiny.model(dtype)
+    if LOADED:
+        from transformers.distributed import DistributedConfig
+
+        folder = f"{sys.argv[2]}.model"
+        fresh.save_pretrained(folder)
+        torch.distributed.barrier()
+        return type(fresh).from_pretrained(folder, distributed_config=DistributedConfig(fsdp_size=WORLD))
+    if not lora:
+        return fresh
+    torch.manual_seed(1)
+    return get_peft_model(fresh, LoraConfig(r=4, target_modules=["q_proj", "v_proj", "linear_1"])).to(dtype)
+
+
+def run(
+    dataset: Any, *, slots: int, balanced: bool, packed: bool = False, lora: bool = False,
+    dtype: torch.dtype = torch.float32, dummy: bool = False,
+) -> tuple[Final, NotingTrainer]:  # fmt: skip
+    fresh = model(dtype, lora)
+    collator: Any = tiny.Collate(dtype, dummy=dummy)
+    trainer = train(
+        dataset,
+        [DflopCallback(dataset)] if balanced else [],
+        dtype=dtype,
+        model=fresh,
+        collator=PackedCollator(collator, fresh) if packed else collator,
+        max_steps=STEPS,
+        per_device_train_batch_size=SLOTS[slots],
+        gradient_accumulation_steps=slots,
+        logging_steps=STEPS,
+        weight_decay=0.1,
+        max_grad_norm=0.5,
+        # AdamW divides the tiny gradients of adapters by themselves, and their rounding with them: 5e-5 in fp32.
+        **(SGD if lora and dtype == torch.float32 else ADAMW),
+        **(FSDP_ARGUMENTS if SHARDED else {}),
+    )
+    assert trainer.accelerator.num_processes == WORLD
+    assert trainer.state.global_step == STEPS
+    if SHARDED or LOADED:
+        assert_sharded(trainer)
+    else:
+        assert isinstance(trainer.model_wrapped, DistributedDataParallel)
+    trained = {name for name, value in trainer.model.named_parameters() if value.requires_grad}
+    assert lora == any("lora" in name for name in trained)
+    return {name: value for name, value in parameters(trainer).items() if name in trained}, trainer
+
+
+def check(name: str, found: tuple[Final, NotingTrainer], stock: tuple[Final, NotingTrainer], tolerance: float) -> None:
+    difference = relative_difference(found[0], stock[0])
+    print(f"equal_runs {sys.argv[1]} {name}: {difference:.1e}")
+    assert difference <= tolerance, (name, difference)
+    assert found[1].samples_of_steps() == stock[1].samples_of_steps(), name
+    assert found[1].noted != stock[1].noted, f"{name}: balancing did nothing, so nothing was tested"
+
+
+def moved(final: Final, dtype: torch.dtype = torch.float32, *, lora: bool = False) -> float:
+    initial = {name: value.detach().double() for name, value in model(dtype, lora).named_parameters()}
+    return relative_difference(final, {name: initial[name] for name in final})
+
+
+def under_ddp(path: str) -> None:
+    mixed, _ = tiny.rows(61)
+    saved = {}
+    for slots, lora, dtype in (
+        (4, False, torch.float32), (1, False, torch.float32), (4, True, torch.float32),
+        (4, False, torch.float64), (4, True, torch.float64),
+    ):  # fmt: skip
+        single = dtype == torch.float32
+        if not ALL and lora and not single:
+            continue
+        stock = run(mixed, slots=slots, balanced=False, lora=lora, dtype=dtype)
+        assert moved(stock[0], dtype, lora=lora) > 0.01, moved(stock[0], dtype, lora=lora)
+        saved[f"{slots} {lora} {dtype}"] = stock[0]
+        for packed in (False, True) if ALL or (slots == 4 and not lora and single) else (True,):
+            found = run(mixed, slots=slots, balanced=True, packed=packed, lora=lora, dtype=dtype)
+            check(f"slots={slots} packed={packed} lora={lora} {dtype}", found, stock, SINGLE if single else DOUBLE)
+    if PartialState().is_main_process:
+        torch.save(saved, path)
+
+
+def under_fsdp(path: str) -> None:
+    let_cpus_shard()
+    saved = torch.load(path)
+    pictures, _ = tiny.rows(61, text_only=False)
+    stock = run(pictures, slots=4, balanced=False)
+    assert moved(stock[0]) > 0.05
+    for packed in (False, True) if ALL else (False,):
+        check(f"slots=4 packed={packed}", run(pictures, slots=4, balanced=True, packed=packed), stock, SINGLE)
+    mixed, _ = tiny.rows(61)
+    for slots, packed, lora, dtype in (
+        (1, True, False, torch.float32), (4, False, False, torch.float32), (4, True, True, torch.float32),
+        (4, True, False, torch.float64),
+    ):  # fmt: skip
+        name = f"{slots} {lora} {dtype}"
+        if not ALL and not packed:
+            continue
+        final, _ = run(mixed, slots=slots, balanced=True, packed=packed, lora=lora, dtype=dtype, dummy=True)
+        difference = relative_difference(final, saved[name])
+        print(f"equal_runs fsdp slots={slots} packed={packed} lora={lora} {dtype}, against DDP: {difference:.1e}")
+        assert difference <= (SINGLE if dtype == torch.float32 else DOUBLE), (name, difference)
+
+
+def loaded(path: str) -> None:
+    mixed, _ = tiny.rows(61)
+    saved = torch.load(path)
+    final, _ = run(mixed, slots=4, balanced=True, packed=True, dummy=True)
+    difference = relative_difference(final, saved["4 False torch.float32"])
+    print(f"equal_runs loaded, against DDP: {difference:.1e}")
+    assert difference <= SINGLE, difference
+
+
+if __name__ == "__main__":
+    PartialState(cpu=True)
+    {"ddp": under_ddp, "fsdp": under_fsdp, "loaded": loaded}[sys.argv[1]](sys.argv[2])
+    PartialState().destroy_process_group()

@@ -1,0 +1,171 @@
+"""Every schedule, placement and setting: gradients against the stock model; and what must fail, fails.
+
+Arguments: names of cases, or "all".
+"""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from hf_dflop.data import PackedCollator
+from hf_dflop.errors import DflopError
+from hf_dflop.pipeline import PipelineModel
+from hf_dflop.pipeline.stage import RaggedStage
+from hf_dflop.plan import make_order
+from tests.distributed import pipelines as p
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One run of one plan."""
+
+    layout: p.Layout
+    family: str = "llava"
+    plan: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
+    cells: dict[str, Any] = field(default_factory=dict)
+    packed: bool = False
+    shuffled: bool = False
+    autocast: torch.dtype | None = None
+    check: bool = True
+    patch: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+    wrong: bool = False
+    """The gradients must not agree."""
+    refused: str = ""
+    """What the refusal says."""
+    tolerance: float = 1e-9
+
+
+@contextlib.contextmanager
+def halved_features() -> Iterator[None]:
+    """The gradient of one microbatch's features is halved on its way back."""
+    stock = RaggedStage.get_bwd_send_ops
+
+    def halve(self: Any, microbatch: int) -> Any:
+        grad = self._input_grads.get(microbatch)
+        if self.stage_index == 1 and microbatch == 0 and grad is not None:
+            self._input_grads[microbatch] = grad / 2
+        return stock(self, microbatch)
+
+    with mock.patch.object(RaggedStage, "get_bwd_send_ops", halve):
+        yield
+
+
+@contextlib.contextmanager
+def stock_split() -> Iterator[None]:
+    """The split backward as torch does it, whether or not the input needs a gradient."""
+    with mock.patch.object(RaggedStage, "_can_split", lambda self, received: not self.is_vision):
+        yield
+
+
+DEEP = {"deepstack": 2}
+ZB = {"schedule": "zero-bubble"}
+CASES: dict[str, Case] = {
+    "interleaved": Case(layout=(1, 2, 1), plan={"schedule": "interleaved", "chunks": 2}),
+    "interleaved, tied": Case(layout=(1, 2, 2), plan={"schedule": "interleaved", "chunks": 2}, model={"tied": True}),
+    "chunks on one rank, tied": Case(layout=(1, 1, 2), plan={"chunks": 2}, model={"tied": True}),
+    "data-aware": Case(layout=(2, 2, 1), plan={"schedule": "data-aware"}),
+    "order of its own": Case(layout=(1, 2, 1), shuffled=True),
+    "zero bubble": Case(layout=(1, 2, 1), plan=ZB),
+    "zero bubble, replicas": Case(layout=(2, 1, 2), plan=ZB, family="qwen2_5_vl"),
+    "zero bubble, chunks": Case(layout=(1, 2, 1), plan=ZB | {"chunks": 2}, family="qwen3_vl"),
+    "zero bubble, text only": Case(layout=(1, 2, 1), plan=ZB, cells={"text_only": True}),
+    "zero bubble, tied": Case(layout=(1, 2, 2), plan=ZB, model={"tied": True}, family="gemma3"),
+    "colocated": Case(layout=(1, 2, 1), plan={"placement": "colocated"}, family="qwen2_5_vl"),
+    "colocated, replicas": Case(layout=(2, 2, 2), plan={"placement": "colocated"}, model={"tied": True}),
+    "colocated, zero bubble": Case(layout=(1, 2, 1), plan=ZB | {"placement": "colocated"}),
+    "replicated": Case(layout=(2, 1, 2), plan={"placement": "replicated"}),
+    "frozen tower": Case(layout=(1, 1, 2), plan={"frozen": ("vision",)}),
+    "frozen tower, zero bubble": Case(layout=(1, 2, 1), plan=ZB | {"frozen": ("vision",)}),
+    "frozen encoder": Case(layout=(1, 2, 1), plan={"frozen": ("vision", "connector")}),
+    "frozen encoder, zero bubble": Case(layout=(1, 2, 1), plan=ZB | {"frozen": ("vision", "connector")}),
+    "frozen LLM": Case(layout=(1, 2, 1), plan={"frozen": ("llm",)}),
+    "frozen LLM, zero bubble": Case(layout=(1, 2, 1), plan=ZB | {"frozen": ("llm",)}),
+    "frozen LLM, colocated": Case(layout=(1, 2, 2), plan={"placement": "colocated", "frozen": ("llm",)}),
+    "checkpointing": Case(layout=(1, 2, 1), plan={"checkpointing": True}),
+    "checkpointing, zero bubble": Case(layout=(1, 2, 1), plan=ZB | {"checkpointing": True}, family="qwen2_5_vl"),
+    "packed": Case(layout=(1, 2, 1), packed=True),
+    "packed, mrope": Case(layout=(2, 1, 2), packed=True, family="qwen2_5_vl"),
+    "packed, own masks": Case(layout=(1, 2, 1), packed=True, family="gemma3"),
+    "autocast": Case(layout=(1, 2, 1), autocast=torch.bfloat16),
+    "deepstack": Case(layout=(1, 2, 1), family="qwen3_vl", model=DEEP),
+    "deepstack, too few layers": Case(
+        layout=(1, 2, 1), family="qwen3_vl", model=DEEP | {"layers": 2}, refused="give the first stage more layers"
+    ),
+    "deepstack, too few layers, unchecked": Case(
+        layout=(1, 2, 1), family="qwen3_vl", model=DEEP | {"layers": 2}, check=False, wrong=True
+    ),
+    "halved features": Case(layout=(1, 2, 1), patch=halved_features, wrong=True),
+    "stock zero bubble": Case(layout=(1, 2, 1), plan=ZB, cells={"text_only": True}, patch=stock_split, wrong=True),
+}
+
+
+def run(worlds: p.Worlds, name: str, case: Case) -> None:
+    dtype = torch.float64 if case.autocast is None else torch.float32
+    layers = case.model.get("layers", 4)
+    collate = p.casting(p.collator(case.family), dtype)
+    built = p.model(case.family, dtype, **case.model)
+    if case.packed:
+        collate = p.casting(PackedCollator(p.collator(case.family), built), dtype)
+    plan = p.plan(case.layout, layers=layers, **case.plan)
+    cells = p.cells_of(case.family, **case.cells)
+    expected: Any = None
+    if worlds.rank == 0:
+        from hf_dflop.pipeline.setup import freeze
+        from hf_dflop.pipeline.structure import read_structure
+
+        labels = p.shape_of(case.family, [[cell] for cell in cells], collate).label_tokens
+        freeze(built, read_structure(built), plan.frozen)
+        context = contextlib.nullcontext() if case.autocast is None else torch.autocast("cpu", case.autocast)
+        with context:
+            expected = p.stock_gradients(built, cells, collate, labels)
+    loss, gradients = worlds.tell(expected)
+    with worlds.of(plan.num_ranks) as inside, case.patch():
+        if not inside:
+            return
+        dealt = p.deal(cells, case.layout[2])
+        order = None
+        if case.shuffled:
+            columns = (0, 1, 2)
+            order = make_order(
+                "1f1b", stage_rank=columns, num_microbatches=len(dealt), microbatches=[3, 1, 7, 0, 6, 2, 5, 4]
+            )
+        pipe = PipelineModel.from_model(
+            p.model(case.family, dtype, **case.model), plan=plan, autocast=case.autocast, order=order, check=case.check
+        )
+        shape = p.shape_of(case.family, dealt, collate)
+        batch = p.batch_of(pipe, dealt, shape, collate, p.casting(p.collator(case.family), dtype))
+        if case.refused:
+            with pytest.raises(DflopError, match=case.refused):
+                pipe.step(batch)
+            print(f"schedules: {name}: refused", flush=True)
+            return
+        evaluated = pipe.step(batch, backward=False)
+        result = pipe.step(batch)
+        error, where = p.worst_error(pipe, gradients)
+        worst = p.over_ranks(error)
+        if case.wrong:
+            assert worst > 1e-3, f"{name} must fail: {worst:.1e}"
+        else:
+            assert abs(result.loss - loss) <= case.tolerance * loss, (name, result.loss, loss)
+            assert abs(evaluated.loss - loss) <= case.tolerance * loss, (name, evaluated.loss, loss)
+            assert error <= case.tolerance, f"{name}: {error:.1e} at {where}"
+            before = {n: None if q.grad is None else q.grad.clone() for n, q in pipe.named_parameters()}
+            pipe.step(batch)  # on top of what was summed already
+            twice = [(q.grad, before[n]) for n, q in pipe.named_parameters() if q.grad is not None]
+            assert all(torch.allclose(a, 2 * b, rtol=1e-6, atol=1e-12) for a, b in twice), name
+        if worlds.rank == 0:
+            print(f"schedules: {name}: {worst:.1e}", flush=True)
+
+
+if __name__ == "__main__":
+    worlds = p.Worlds()
+    names = list(CASES) if sys.argv[1] == "all" else sys.argv[1].split(";")
+    for name in names:
+        run(worlds, name, CASES[name])

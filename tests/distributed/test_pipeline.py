@@ -1,0 +1,23 @@
+"""The pipeline against the stock model: gradients, schedules, steps, checkpoints; in several processes."""
+
+import pytest
+
+from tests.distributed.launch import launch
+
+pytestmark = pytest.mark.distributed
+SCRIPTS = "tests.distributed.scripts"
+
+
+def test_gradients_are_those_of_one_process() -> None:
+    output = launch(f"{SCRIPTS}.pipeline_gradients", "suite", num_processes=5)
+    assert output.count("gradients: ") >= 2 * 7 + 10
+
+
+def test_schedules_placements_and_negative_controls() -> None:
+    output = launch(f"{SCRIPTS}.pipeline_schedules", "all", num_processes=5)
+    assert output.count("schedules: ") >= 34
+
+
+def test_ten_steps_and_a_stock_checkpoint() -> None:
+    output = launch(f"{SCRIPTS}.pipeline_steps", "llava", "2,1,2", "float64", num_processes=4)
+    assert output.count("steps: ") == 1

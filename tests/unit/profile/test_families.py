@@ -1,0 +1,34 @@
+"""Every image-text processor of the installed transformers: exact at thirty sizes, or refused for a reason."""
+
+from pathlib import Path
+
+import pytest
+import transformers
+
+from tests.unit.profile.family_check import SIZES, table, verdict
+from tests.unit.rows.families import families, processor_class
+
+FAMILIES = sorted(families())
+PAGE = Path(__file__).parents[3] / "docs" / "processors.md"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_family_is_counted_wrongly(family: str) -> None:
+    found = verdict(family)
+    assert found.result in ("exact", "refused", "not checked"), found.reason
+    assert found.result == "exact" or found.reason
+
+
+def test_enough_families_are_exact() -> None:
+    exact = [family for family in FAMILIES if verdict(family).result == "exact"]
+    assert len(set(SIZES)) >= 30
+    assert len({processor_class(family) for family in exact}) >= 25, exact
+    computed = [family for family in exact if verdict(family).structure != "processed"]
+    assert len({processor_class(family) for family in computed}) >= 25, computed
+
+
+def test_the_table_of_the_docs_is_what_is_found() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    if f"({transformers.__version__})" not in page:
+        pytest.skip("the table was made with another version of transformers")
+    assert page == table(), "run: python -m tests.unit.profile.family_check > docs/processors.md"
