@@ -199,9 +199,9 @@ def test_packing_on_a_model_that_lets_samples_see_each_other(caplog: pytest.LogC
             train(dataset, [callback], model=model, collator=collator, max_steps=1)
         assert "no sample of 3 moved another" in caplog.text
         assert callback.sampler is not None
-        pair = callback.sampler.microbatch_s([0, 1])  # the sum, whatever the lengths
+        pair = callback.sampler.microbatch_s([0, 1])  # the sum, and what SDPA computes between the two
         one, other, none = (callback.sampler.microbatch_s(group) for group in ([0], [1], []))
-        assert pair == pytest.approx(one + other - none)
+        assert one + other - none < pair < 1.2 * (one + other - none)
         assert shapes.llm_tokens[0] != shapes.llm_tokens[1]
 
 
