@@ -55,6 +55,7 @@ def assign(
     max_patches: int | None = None,
     spread: Any = None,
     oversize: str = "error",
+    rank_speeds: Any = None,
     seed: int = 0,
     proposals: int | None = None,
 ) -> Assignment:
@@ -84,6 +85,9 @@ def assign(
         oversize (`str`, *optional*, defaults to `"error"`):
             What becomes of a sample that is above a cap by itself: an error, or `"alone"`: it gets a microbatch of
             its own, which exceeds the cap by what the sample does.
+        rank_speeds (`npt.ArrayLike`, *optional*):
+            `(num_ranks,)` relative speeds > 0. Costs hold for the fastest rank; a slower one gets less work, so that
+            all end together.
         seed (`int`, *optional*, defaults to 0): seed of the search, such as the step's number.
         proposals (`int`, *optional*): changes that the search tries at most; by default it grows with the samples.
 
@@ -116,6 +120,7 @@ def assign(
         max_patches=max_patches,
         spread=spread,
         oversize=oversize,
+        rank_speeds=rank_speeds,
     )
     bound = step_bound_ticks(problem)
     limit = min(PROPOSALS_PER_SAMPLE * problem.num_samples, MAX_PROPOSALS) if proposals is None else proposals
@@ -132,15 +137,14 @@ def assign(
     if baseline is not None and stock is not None:
         stock_measured = _measure(problem, stock)
         baseline_s = to_seconds(stock_measured.value, problem.bits)
-        baseline_imbalance = _imbalance(problem, stock_measured)
+        baseline_imbalance = _imbalance(problem, stock, stock_measured.value)
         kept = stock_measured.excess == 0 and stock_measured <= measured
         if kept:
             group, measured = stock, stock_measured
             groups = tuple(tuple(np.asarray(slot, dtype=np.int64) for slot in rank) for rank in baseline)
     if measured.excess:
         raise BalanceError(_no_room(problem))
-    vision, llm = problem.group_costs(group)
-    busy = (vision + llm).reshape(problem.num_slots, problem.num_ranks).sum(axis=0)
+    busy = _busy(problem, group)
     return Assignment(
         groups=groups,
         objective=objective,
@@ -148,7 +152,7 @@ def assign(
         baseline_s=baseline_s,
         bound_s=to_seconds(bound, problem.bits),
         rank_busy_s=to_seconds(busy, problem.bits),
-        imbalance=_imbalance(problem, measured),
+        imbalance=_imbalance(problem, group, measured.value),
         baseline_imbalance=baseline_imbalance,
         is_baseline=kept,
         is_spread=None if spread is None else _is_spread(spread, group, problem.num_groups),
@@ -192,7 +196,7 @@ def _solve(
         found = search(
             group if start is None else start,
             problem.num_groups,
-            problem.num_ranks,
+            problem.slowness,
             problem.vision,
             problem.llm,
             weights,
@@ -230,7 +234,7 @@ def _measure(problem: Problem, group: npt.NDArray[np.int64]) -> _Measure:
     excess, value, total = evaluate(
         group,
         problem.num_groups,
-        problem.num_ranks,
+        problem.slowness,
         problem.vision,
         problem.llm,
         *problem.limits,
@@ -240,11 +244,17 @@ def _measure(problem: Problem, group: npt.NDArray[np.int64]) -> _Measure:
     return _Measure(int(excess), int(value), int(total))
 
 
-def _imbalance(problem: Problem, measured: _Measure) -> float:
-    if measured.value == 0:
+def _busy(problem: Problem, group: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    """Ticks that each rank computes, `(num_ranks,)`."""
+    vision, llm = problem.group_costs(group)
+    return (vision + llm).reshape(problem.num_slots, problem.num_ranks).sum(axis=0) * problem.inverse_speed
+
+
+def _imbalance(problem: Problem, group: npt.NDArray[np.int64], value: int) -> float:
+    if value == 0:
         return 0.0
     lanes = 2 * problem.num_slots * problem.num_ranks if problem.objective == "pipeline" else problem.num_ranks
-    return 1.0 - measured.total / (measured.value * lanes)
+    return 1.0 - float(_busy(problem, group).sum()) / (value * lanes)
 
 
 def _no_room(problem: Problem) -> str:

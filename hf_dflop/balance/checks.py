@@ -8,9 +8,10 @@ import numpy.typing as npt
 from hf_dflop.balance.ticks import checked_seconds
 from hf_dflop.errors import BalanceError
 
-__all__ = ["checked_caps", "checked_costs", "checked_counts", "checked_speeds"]
+__all__ = ["checked_caps", "checked_costs", "checked_counts", "checked_slowness", "checked_speeds"]
 
 MAX_COMPONENTS = 3
+MAX_SPEED_RATIO = 8.0
 
 
 def checked_costs(costs: Any) -> npt.NDArray[np.float64]:
@@ -42,6 +43,18 @@ def checked_speeds(speeds: Any, num_buckets: int) -> npt.NDArray[np.float64]:
             f"speeds is 0 at bucket {int(array.argmin())}; a speed must be > 0. Leave that bucket out instead."
         )
     return 1.0 / array
+
+
+def checked_slowness(speeds: Any, num_ranks: int, bits: int) -> npt.NDArray[np.int64]:
+    """1 ÷ speed of each rank in 2**-bits of the fastest rank's, `(num_ranks,)`; equal when `speeds` is None."""
+    inverse = checked_speeds(speeds, num_ranks)
+    inverse = inverse / inverse.min()
+    if float(inverse.max()) > MAX_SPEED_RATIO:
+        raise BalanceError(
+            f"rank {int(inverse.argmax())} is {float(inverse.max()):.3g} times slower than the fastest; a ratio of at "
+            f"most {MAX_SPEED_RATIO:.0f} can be balanced. Leave that rank out, or repair it."
+        )
+    return np.rint(np.ldexp(inverse, bits)).astype(np.int64)
 
 
 def checked_counts(counts: Any, name: str, num_samples: int) -> npt.NDArray[np.int64]:

@@ -6,15 +6,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hf_dflop.balance.checks import checked_counts
+from hf_dflop.balance.checks import checked_counts, checked_slowness
 from hf_dflop.balance.objective import objective_code
 from hf_dflop.balance.ticks import checked_seconds, to_ticks
 from hf_dflop.errors import BalanceError
 
-__all__ = ["OVERSIZE", "Problem", "checked_problem"]
+__all__ = ["OVERSIZE", "SLOWNESS_BITS", "Problem", "checked_problem"]
 
 OVERSIZE = ("error", "alone")
 """What becomes of a sample above a cap."""
+SLOWNESS_BITS = 10
+"""Slowness is counted in 2**-SLOWNESS_BITS, so that times stay whole numbers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -39,6 +41,8 @@ class Problem:
     """`(num_samples,)`: samples of which every group needs one; None: no such samples, or too few of them."""
     memory: npt.NDArray[np.int64]
     """`(num_samples, 2)`: what activations grow with (tokens and patches, or the ticks where not given)."""
+    slowness: npt.NDArray[np.int64]
+    """Time that a cost takes on each rank, in 1/1024 of what is usual, `(num_ranks,)`."""
     num_ranks: int
     num_slots: int
     padded: bool
@@ -53,6 +57,16 @@ class Problem:
     @property
     def num_groups(self) -> int:
         return self.num_ranks * self.num_slots
+
+    @property
+    def is_even(self) -> bool:
+        """Whether all ranks are equally fast."""
+        return bool((self.slowness == self.slowness[0]).all())
+
+    @property
+    def inverse_speed(self) -> npt.NDArray[np.float64]:
+        """`slowness` as a factor, `(num_ranks,)`."""
+        return self.slowness / 2.0**SLOWNESS_BITS
 
     @property
     def limits(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
@@ -89,6 +103,7 @@ def checked_problem(
     max_patches: int | None,
     spread: Any,
     oversize: str = "error",
+    rank_speeds: Any = None,
 ) -> Problem:
     """Check the arguments of `assign` and turn seconds into ticks; raises as `assign` does."""
     code = objective_code(objective)
@@ -151,6 +166,7 @@ def checked_problem(
         cap_names=tuple(names),
         is_spread=_checked_spread(spread, n, num_ranks * num_slots),
         memory=memory,
+        slowness=checked_slowness(rank_speeds, num_ranks, SLOWNESS_BITS),
         num_ranks=int(num_ranks),
         num_slots=int(num_slots),
         padded=bool(padded),

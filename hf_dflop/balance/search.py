@@ -11,7 +11,8 @@ sees no difference. Exceeded caps go before the score: an excess may only fall. 
 The compiled functions are in one file on purpose: numba's cache on disk looks at a function's own file only, and
 would not notice a change in another file that it was compiled with.
 
-Layout: group g has the place (rank, slot) = (g mod num_ranks, g div num_ranks).
+Layout: group g has the place (rank, slot) = (g mod num_ranks, g div num_ranks). On rank r a tick of cost takes
+slowness[r] ÷ 2**SLOWNESS_BITS ticks of time, rounded up; the fastest rank has 2**SLOWNESS_BITS.
 """
 
 # mypy: disable-error-code="no-untyped-def, assignment"
@@ -20,9 +21,10 @@ Layout: group g has the place (rank, slot) = (g mod num_ranks, g div num_ranks).
 import numpy as np
 from numba import njit
 
-__all__ = ["evaluate", "search"]
+__all__ = ["SLOWNESS_BITS", "evaluate", "search"]
 
 STEP, SLOT, STAGE, PIPELINE = 0, 1, 2, 3  # the order of objective.OBJECTIVES
+SLOWNESS_BITS = 10  # the same as in problem.py
 
 
 @njit(cache=True, nogil=True)
@@ -37,34 +39,43 @@ def _next(state):
 
 
 @njit(cache=True, nogil=True)
-def _slot_cost(s, v, lm, num_ranks, objective):
+def _time(ticks, slowness, even):
+    """What `ticks` of cost take on a rank; `even`: all ranks are of the usual speed (a loop without the product)."""
+    return ticks if even else (ticks * slowness + (1 << SLOWNESS_BITS) - 1) >> SLOWNESS_BITS
+
+
+@njit(cache=True, nogil=True)
+def _slot_cost(s, v, lm, slowness, even, objective):
     most = np.int64(0)
     most_v = np.int64(0)
-    for g in range(s * num_ranks, (s + 1) * num_ranks):
+    num_ranks = slowness.size
+    for r in range(num_ranks):
+        g = s * num_ranks + r
         if objective == SLOT:
-            most = max(most, v[g] + lm[g])
+            most = max(most, _time(v[g] + lm[g], slowness[r], even))
         else:
-            most = max(most, lm[g])
-            most_v = max(most_v, v[g])
+            most = max(most, _time(lm[g], slowness[r], even))
+            most_v = max(most_v, _time(v[g], slowness[r], even))
     return most + most_v
 
 
 @njit(cache=True, nogil=True)
-def _value(v, lm, num_ranks, objective):
+def _value(v, lm, slowness, even, objective):
     """Objective of the microbatch costs `v`, `lm` (num_groups,)."""
     value = np.int64(0)
+    num_ranks = slowness.size
     if objective == STEP:
         for r in range(num_ranks):
             load = np.int64(0)
             for g in range(r, v.size, num_ranks):
                 load += v[g] + lm[g]
-            value = max(value, load)
+            value = max(value, _time(load, slowness[r], even))
     elif objective == PIPELINE:
         for g in range(v.size):
-            value = max(value, v[g], lm[g])
+            value = max(value, _time(max(v[g], lm[g]), slowness[g % num_ranks], even))
     else:
         for s in range(v.size // num_ranks):
-            value += _slot_cost(s, v, lm, num_ranks, objective)
+            value += _slot_cost(s, v, lm, slowness, even, objective)
     return value
 
 
@@ -176,9 +187,10 @@ def _rescan(g, member, count, top, sums, tops, llm, weights):
 
 
 @njit(cache=True, nogil=True)
-def _slowest(v, lm, num_ranks, objective, random):
+def _slowest(v, lm, slowness, even, objective, random):
     """A group that the objective waits for."""
     num_groups = v.size
+    num_ranks = slowness.size
     if objective == STEP:
         best = np.int64(-1)
         rank = 0
@@ -186,6 +198,7 @@ def _slowest(v, lm, num_ranks, objective, random):
             load = np.int64(0)
             for g in range(r, num_groups, num_ranks):
                 load += v[g] + lm[g]
+            load = _time(load, slowness[r], even)
             if load > best:
                 best = load
                 rank = r
@@ -205,6 +218,7 @@ def _slowest(v, lm, num_ranks, objective, random):
             value = v[g] if by_vision else lm[g]
         else:
             value = max(v[g], lm[g])
+        value = _time(value, slowness[g % num_ranks], even)
         if value > best:
             best = value
             found = g
@@ -212,7 +226,7 @@ def _slowest(v, lm, num_ranks, objective, random):
 
 
 @njit(cache=True, nogil=True)
-def evaluate(group, num_groups, num_ranks, vision, llm, weights, caps, padded_caps, padded, objective):
+def evaluate(group, num_groups, slowness, vision, llm, weights, caps, padded_caps, padded, objective):
     """(excess over caps, objective, total compute) of a grouping."""
     v = np.zeros(num_groups, dtype=np.int64)
     lm = np.zeros(num_groups, dtype=np.int64)
@@ -234,14 +248,15 @@ def evaluate(group, num_groups, num_ranks, vision, llm, weights, caps, padded_ca
         if padded:
             lm[g] = count[g] * top[g]
         excess += _over(count[g], sums[g], tops[g], caps, padded_caps)
-    return excess, _value(v, lm, num_ranks, objective), v.sum() + lm.sum()
+    even = slowness.max() == 1 << SLOWNESS_BITS
+    return excess, _value(v, lm, slowness, even, objective), v.sum() + lm.sum()
 
 
 @njit(cache=True, nogil=True)
 def search(
     group,
     num_groups,
-    num_ranks,
+    slowness,
     vision,
     llm,
     weights,
@@ -261,6 +276,8 @@ def search(
     `heat`: the first threshold, in ten-thousandths of the score.
     """
     n = group.size
+    num_ranks = slowness.size
+    even = slowness.max() == 1 << SLOWNESS_BITS
     member = np.empty((num_groups, n - num_groups + 2), dtype=np.int64)
     where = np.empty(n, dtype=np.int64)
     count = np.zeros(num_groups, dtype=np.int64)
@@ -283,7 +300,7 @@ def search(
     random[0] = np.uint64(seed)
     excess = over.sum()
     total = v.sum() + lm.sum()
-    value = _value(v, lm, num_ranks, objective)
+    value = _value(v, lm, slowness, even, objective)
     score = value * mean_share + total
     best = group.copy()
     best_excess = excess
@@ -301,7 +318,7 @@ def search(
                     a = (start + d) % num_groups
                     break
         elif _next(random) % 4 != 0:
-            a = _slowest(v, lm, num_ranks, objective, random)
+            a = _slowest(v, lm, slowness, even, objective, random)
         if a < 0:
             a = _next(random) % num_groups
         b = (a + 1 + _next(random) % (num_groups - 1)) % num_groups
@@ -336,16 +353,16 @@ def search(
         incremental = objective in (SLOT, STAGE)
         new_value = value
         if incremental:
-            new_value -= _slot_cost(slot_a, v, lm, num_ranks, objective)
+            new_value -= _slot_cost(slot_a, v, lm, slowness, even, objective)
             if slot_b != slot_a:
-                new_value -= _slot_cost(slot_b, v, lm, num_ranks, objective)
+                new_value -= _slot_cost(slot_b, v, lm, slowness, even, objective)
         v[a], lm[a], v[b], lm[b] = new_va, new_la, new_vb, new_lb
         if incremental:
-            new_value += _slot_cost(slot_a, v, lm, num_ranks, objective)
+            new_value += _slot_cost(slot_a, v, lm, slowness, even, objective)
             if slot_b != slot_a:
-                new_value += _slot_cost(slot_b, v, lm, num_ranks, objective)
+                new_value += _slot_cost(slot_b, v, lm, slowness, even, objective)
         else:
-            new_value = _value(v, lm, num_ranks, objective)
+            new_value = _value(v, lm, slowness, even, objective)
         new_score = new_value * mean_share + new_total
         threshold = first_heat // proposals * (proposals - turn)
         if new_excess == excess and new_score > score + threshold:

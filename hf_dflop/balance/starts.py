@@ -32,15 +32,17 @@ def starts(problem: Problem, seed: int) -> list[Groups]:
     if problem.padded:
         found += _runs(problem)
     if problem.objective == "step" and not problem.padded:
-        rank = _lpt(problem, (problem.vision + problem.llm)[:, None], problem.num_ranks, capped=False)
+        rank = _lpt(problem, (problem.vision + problem.llm)[:, None], problem.inverse_speed, capped=False)
         if np.bincount(rank, minlength=problem.num_ranks).min() >= problem.num_slots:
             found.append(spread_slots(problem, rank))
     if not problem.padded:
         ticks = both if problem.objective in ("stage", "pipeline") else both.sum(axis=1)[:, None]
-        found.append(place(problem, _partition(problem, ticks, seed)))
+        parts = _partition(problem, ticks, seed)
+        # With ranks of different speed, the parts were already made for their places.
+        found.append(place(problem, parts) if problem.is_even else parts)
     if problem.caps.size:
         scale = 2**40 // np.maximum(problem.caps, 1)
-        found.append(place(problem, _lpt(problem, problem.weights * scale, problem.num_groups)))
+        found.append(place(problem, _lpt(problem, problem.weights * scale, np.ones(problem.num_groups))))
     return found
 
 
@@ -54,14 +56,19 @@ def place(problem: Problem, group: Groups) -> Groups:
         load = [0] * ranks
         taken = [0] * ranks
         for g in order.tolist():
-            rank = min((r for r in range(ranks) if taken[r] < problem.num_slots), key=lambda r: (load[r], r))
+            cost = int(vision[g] + llm[g])
+            free = [r for r in range(ranks) if taken[r] < problem.num_slots]
+            after = {r: (load[r] + cost) * int(problem.slowness[r]) for r in free}
+            rank = min(free, key=lambda r: (after[r], r))
             number[g] = taken[rank] * ranks + rank
-            load[rank] += int(vision[g] + llm[g])
+            load[rank] += cost
             taken[rank] += 1
-    else:  # equals side by side, ranks in alternating direction
+    else:  # equals side by side, ranks in alternating direction, or the heaviest of a slot to the fastest rank
         position = np.arange(problem.num_groups)
         slot, rank_of = position // ranks, position % ranks
-        number[order] = slot * ranks + np.where(slot % 2 == 0, rank_of, ranks - 1 - rank_of)
+        fastest = np.argsort(problem.slowness, kind="stable")
+        place_of = np.where(slot % 2 == 0, rank_of, ranks - 1 - rank_of) if problem.is_even else fastest[rank_of]
+        number[order] = slot * ranks + place_of
     return number[group]
 
 
@@ -79,22 +86,24 @@ def spread_slots(problem: Problem, rank: Groups) -> Groups:
     return group
 
 
-def _lpt(problem: Problem, ticks: npt.NDArray[np.int64], num_buckets: int, capped: bool = True) -> Groups:
+def _lpt(
+    problem: Problem, ticks: npt.NDArray[np.int64], inverse_speed: npt.NDArray[np.float64], capped: bool = True
+) -> Groups:
     weights = problem.weights if capped else problem.weights[:, :0]
     caps = problem.caps if capped else problem.caps[:0]
     order = lpt_orders(ticks)[0]
-    bucket: Groups = vector_lpt(order, ticks.astype(np.float64), np.ones(num_buckets), weights, caps)
+    bucket: Groups = vector_lpt(order, ticks.astype(np.float64), inverse_speed, weights, caps)
     return bucket
 
 
 def _partition(problem: Problem, ticks: npt.NDArray[np.int64], seed: int) -> Groups:
     """The partition of `ticks` into all microbatches; within the caps where it can be."""
-    ones = np.ones(problem.num_groups)
-    bound = bound_ticks(ticks, ones)
+    slow = np.tile(problem.inverse_speed, problem.num_slots)
+    bound = bound_ticks(ticks, slow)
     try:
-        return partition_ticks(ticks, ones, problem.weights, problem.caps, bound, seed, None)[0]
+        return partition_ticks(ticks, slow, problem.weights, problem.caps, bound, seed, None)[0]
     except BalanceError:  # the caps are too tight for this start; the search repairs another one
-        return _lpt(problem, ticks, problem.num_groups)
+        return _lpt(problem, ticks, slow)
 
 
 def _runs(problem: Problem) -> list[Groups]:

@@ -25,13 +25,12 @@ def step_bound_ticks(problem: Problem) -> float:
         least_llm = int(least_padding(np.sort(problem.llm)[::-1].copy(), problem.num_groups)[1])
     both = np.stack([problem.vision, problem.llm], axis=1)
     if problem.objective == "pipeline":
-        ones = np.ones(problem.num_groups)
-        return max(bound_ticks(both, ones), least_llm / problem.num_groups)
-    ones = np.ones(problem.num_ranks)
-    best = max(
-        bound_ticks(both.sum(axis=1)[:, None], ones), (int(problem.vision.sum()) + least_llm) / problem.num_ranks
-    )
+        slow = np.tile(problem.inverse_speed, problem.num_slots)
+        return max(bound_ticks(both, slow), least_llm / float((1.0 / slow).sum()))
+    slow = problem.inverse_speed
+    speed = float((1.0 / slow).sum())
+    best = max(bound_ticks(both.sum(axis=1)[:, None], slow), (int(problem.vision.sum()) + least_llm) / speed)
     if problem.objective == "stage":
-        vision = bound_ticks(both[:, :1], ones)
-        best = max(best, vision + max(bound_ticks(both[:, 1:], ones), least_llm / problem.num_ranks))
+        vision = bound_ticks(both[:, :1], slow)
+        best = max(best, vision + max(bound_ticks(both[:, 1:], slow), least_llm / speed))
     return best

@@ -7,6 +7,7 @@ import typer
 from hf_dflop.cli.measure import measure
 from hf_dflop.cli.plan import plan
 from hf_dflop.cli.profile import merge, profile
+from hf_dflop.cli.report import report
 from hf_dflop.cli.simulate import simulate
 from hf_dflop.errors import DflopError
 
@@ -23,6 +24,7 @@ app = typer.Typer(
 app.command()(profile)
 app.command()(merge)
 app.command()(measure)
+app.command()(report)
 app.command()(plan)
 app.command()(simulate)
 

@@ -16,6 +16,7 @@ from hf_dflop.cost.flops import (
 from hf_dflop.cost.memory import MemorySettings, MicrobatchCounts, StageLayers, StageMemory, stage_memory
 from hf_dflop.cost.model import CostModel, Observation, Rates
 from hf_dflop.cost.model_profile import ModelProfile
+from hf_dflop.cost.online import OnlineFit, Refinement, refine
 from hf_dflop.cost.parameters import parameter_counts
 from hf_dflop.cost.part_seconds import PartCosts, PartSeconds
 from hf_dflop.cost.parts import PARTS, part_states
@@ -32,10 +33,12 @@ __all__ = [
     "ModelSpec",
     "ModuleFlops",
     "Observation",
+    "OnlineFit",
     "PartCosts",
     "PartMemory",
     "PartSeconds",
     "Rates",
+    "Refinement",
     "StageLayers",
     "StageMemory",
     "Trainable",
@@ -47,6 +50,7 @@ __all__ = [
     "module_flops",
     "parameter_counts",
     "part_states",
+    "refine",
     "stage_memory",
     "train_factors",
     "training_flops",

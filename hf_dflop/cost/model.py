@@ -244,6 +244,11 @@ class CostModel:
         terms = self._terms(shapes, tokens)
         return np.asarray([float(terms[name].sum()) for name in RATE_TERMS])
 
+    def sample_flops(self, shapes: Shapes) -> FloatArray:
+        """Training FLOPs of each sample alone by term, `(num_samples, 4)` in the order of `RATE_TERMS`."""
+        terms = self._terms(shapes, shapes.llm_tokens)
+        return np.column_stack([terms[name] for name in RATE_TERMS])
+
     def vision_s(self, shapes: Shapes) -> FloatArray:
         """Seconds of encoder and connector for each sample, `(num_samples,)`."""
         if self.profile is not None:

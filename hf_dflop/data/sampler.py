@@ -4,8 +4,8 @@ Takes the stock grouping of one epoch (what every rank would have loaded without
 steps, and lets `hf_dflop.balance.assign` regroup the samples *within* each step. The set of samples of a step, the
 number of microbatches of every rank and the number of steps never change.
 
-The result is a pure function of (stock grouping, shapes, cost model, seed, epoch, step): every rank computes it
-alike, without communication.
+The result is a pure function of (stock grouping, shapes, cost version of the step, seed, epoch, step): every rank
+computes it alike, without communication.
 
 Assumptions: every rank sees the same stock grouping (Trainer seeds its samplers alike on all ranks).
 """
@@ -27,6 +27,7 @@ from hf_dflop.data.dummies import Dummy, assign_filled
 from hf_dflop.data.joined_rows import priced_by_row, sample_costs
 from hf_dflop.data.lookahead import look_ahead
 from hf_dflop.data.place import done_microbatches, place_of
+from hf_dflop.data.versions import CostVersion, CostVersions
 from hf_dflop.data.windows import paired_steps
 from hf_dflop.errors import BalanceError
 from hf_dflop.shapes import Shapes
@@ -79,6 +80,8 @@ class StepPlan:
     """Seconds of them (and of the plans before it) that the loop had to wait."""
     has_image: bool = True
     """Whether any sample of the step has an image."""
+    cost_version: CostVersion | None = None
+    """What the costs come from; None where they never change."""
 
     def microbatches(self, rank: int) -> list[list[int]]:
         """The dataset indices that `rank` loads, one list per slot."""
@@ -109,7 +112,7 @@ class BalancedBatchSampler:
         shapes ([`Shapes`]):
             The shapes of the whole dataset, by dataset index.
         cost_model ([`CostModel`]):
-            Shapes → seconds.
+            Shapes → seconds, until another version is declared in the attribute `costs`.
         rank (`int`), num_ranks (`int`):
             This data-parallel rank, and how many there are.
         num_slots (`int`):
@@ -197,10 +200,10 @@ class BalancedBatchSampler:
             "dataset": shapes.fingerprint(),
         }
         self._dummy = dummy
-        self._row_cost = cost_model if all_pairs and not padded else None
-        self._per_microbatch_s = cost_model.per_microbatch_s
-        self._vision_s = cost_model.vision_s(shapes)
-        self._llm_s = cost_model.llm_s(shapes)
+        self.prices_rows = all_pairs and not padded
+        """A joined row is priced as a whole, by all pairs of its tokens."""
+        self.costs = CostVersions(shapes, cost_model, padded=padded)
+        self._pairing_model, self._shapes = cost_model, shapes
         self._tokens = shapes.llm_tokens
         self._patches = shapes.image_patches
         self._has_image = shapes.num_images > 0
@@ -234,13 +237,17 @@ class BalancedBatchSampler:
         """The plan of an optimizer step (counted within its epoch), if it was made and is still remembered."""
         return self._plans.get((epoch, step))
 
-    def microbatch_s(self, microbatch: Sequence[int]) -> float:
-        """Predicted seconds of a microbatch of these dataset indices."""
-        llm_s = self._llm_s[list(microbatch)]
-        rows_s = llm_s.size * llm_s.max() if self._padded else llm_s.sum()
-        if self._row_cost is not None:
-            rows_s = self._row_cost.llm_s([int(self._tokens[list(microbatch)].sum())])[0]
-        return float(self._vision_s[list(microbatch)].sum() + rows_s + self._per_microbatch_s)
+    def microbatch_s(self, microbatch: Sequence[int], version: CostVersion | None = None) -> float:
+        """Predicted seconds of a microbatch of these dataset indices, under a cost version or the newest one."""
+        version = version or self.costs.newest
+        vision_s, llm_s = self.costs.module_seconds([microbatch], version)[0]
+        if self.prices_rows:
+            llm_s = version.model.llm_s([int(self._tokens[list(microbatch)].sum())])[0]
+        return float(vision_s + llm_s + version.model.per_microbatch_s)
+
+    def position(self, epoch: int, step: int) -> int:
+        """The number of an optimizer step, counted from the start of the training."""
+        return epoch * -(-self._length // self._num_slots) + step
 
     def state_dict(self, num_microbatches: int | None = None) -> dict[str, Any]:
         """Where this epoch stands, for `load_state_dict`; plain JSON types.
@@ -300,8 +307,13 @@ class BalancedBatchSampler:
                 return None
             return self.plan(stock, epoch, step)
 
+        def planned() -> Iterator[int]:
+            for step in range(first, num_steps):
+                self.costs.planned_through = self.position(epoch, step)
+                yield step
+
         steps = range(first, num_steps)
-        with contextlib.closing(look_ahead(plan, steps, depth=self._look_ahead_steps)) as plans:
+        with contextlib.closing(look_ahead(plan, planned(), depth=self._look_ahead_steps)) as plans:
             for step, (made, wait_s) in zip(steps, plans, strict=True):
                 if made is None:
                     yield from (list(microbatch) for microbatch in self._stock_of(ranks, step)[self._rank])
@@ -320,7 +332,8 @@ class BalancedBatchSampler:
         """The steps of the window of `step`, giants paired."""
         begin = step - step % self._window_steps
         steps = range(begin, min(begin + self._window_steps, num_steps))
-        seconds = self._vision_s + self._llm_s
+        # By the costs that training began with: a resumed run pairs as the whole one did.
+        seconds = self._pairing_model.sample_seconds(self._shapes).sum(axis=1)
         paired = paired_steps([self._stock_of(ranks, step) for step in steps], seconds, self._num_ranks)
         return dict(zip(steps, paired, strict=True))
 
@@ -332,13 +345,14 @@ class BalancedBatchSampler:
         """Compile what planning needs, before the first step."""
         warm_up(objective=self.objective, padded=self._padded)
 
-    def plan(self, stock: list[Microbatches], epoch: int, step: int) -> StepPlan:
+    def plan(self, stock: Sequence[Microbatches], epoch: int, step: int) -> StepPlan:
         """Group the samples of one step; `stock` has, for each rank, its stock microbatches."""
         begin = time.perf_counter()
         indices = np.array([index for slots in stock for group in slots for index in group], dtype=np.int64)
         positions = iter(range(indices.size))
         baseline = [[[next(positions) for _ in group] for group in slots] for slots in stock]
-        assignment = self._assign(indices, baseline, epoch, step)
+        version = self.costs.at(self.position(epoch, step))
+        assignment = self._assign(indices, baseline, epoch, step, version)
         if self._must_spread and not assignment.is_spread:
             groups = [group for slots in assignment.groups for group in slots]
             self._check_spread([[indices[group].tolist() for group in groups]], epoch, step)
@@ -349,18 +363,19 @@ class BalancedBatchSampler:
             indices=indices,
             stock=stock,
             balanced=self._balance,
+            cost_version=version,
             scheduling_s=time.perf_counter() - begin,
             has_image=bool(self._has_image[indices].any()),
         )
 
-    def _assign(self, indices: npt.NDArray[np.int64], baseline: Any, epoch: int, step: int) -> Assignment:
-        vision_s, tokens, patches = self._vision_s[indices], self._tokens[indices], self._patches[indices]
+    def _assign(
+        self, indices: npt.NDArray[np.int64], baseline: Any, epoch: int, step: int, version: CostVersion
+    ) -> Assignment:
+        tokens, patches = self._tokens[indices], self._patches[indices]
+        vision_s, llm_s = self.costs.seconds(indices, version)
         num_slots = len(baseline[0])
-        llm_s = (
-            self._llm_s[indices]
-            if self._row_cost is None
-            else sample_costs(self._row_cost, tokens, self._num_ranks * num_slots)
-        )
+        if self.prices_rows:
+            llm_s = sample_costs(version.model, tokens, self._num_ranks * num_slots)
         arguments: dict[str, Any] = {
             "vision_s": vision_s,
             "llm_s": llm_s,
@@ -375,13 +390,14 @@ class BalancedBatchSampler:
             "max_patches": self._caps.max_patches,
             "spread": self._has_image[indices] if self._spread_images else None,
             "oversize": self._oversize,
+            "rank_speeds": version.rank_speeds,
             "seed": (self._seed * 1_000_003 + epoch * 8_191 + step) % 2**31,
         }
         try:
             found = (assign_filled(arguments, self._dummy) if self._spread_images else None) or assign(**arguments)
         except BalanceError as error:
             raise BalanceError(f"epoch {epoch}, step {step}, samples {indices.tolist()[:16]}...: {error}") from error
-        if self._row_cost is None:
+        if not self.prices_rows:
             return found
         fits = not self._spread_images and all(
             cap is None or int(counts[group].sum()) <= cap
@@ -389,7 +405,7 @@ class BalancedBatchSampler:
             for slots in baseline
             for group in slots
         )
-        return priced_by_row(found, self._row_cost, vision_s, tokens, baseline, may_keep=fits)
+        return priced_by_row(found, version.model, vision_s, tokens, baseline, may_keep=fits)
 
     def _check_epoch(self, ranks: Sequence[Microbatches], epoch: int, num_steps: int) -> None:
         """Raise before the epoch begins, rather than at the step that has too few images."""

@@ -26,6 +26,7 @@ from hf_dflop.integrations.checks import (
     check_processor,
     check_samples,
 )
+from hf_dflop.integrations.correction import Correct, Correction, start_correction
 from hf_dflop.integrations.describe import (
     choose_objective,
     computes_all_pairs,
@@ -33,11 +34,13 @@ from hf_dflop.integrations.describe import (
     dummy_of,
     image_parameters,
 )
+from hf_dflop.integrations.measured import MeasuredStep, gather_steps
 from hf_dflop.integrations.resume import SampleOrder, check_resumed, recalled, remember
 from hf_dflop.integrations.steplog import step_logs
 from hf_dflop.integrations.stock import StockSharding
+from hf_dflop.integrations.straggler import straggler_line
 from hf_dflop.integrations.streaming import install_stream, is_stream
-from hf_dflop.integrations.timing import StepTimer, StepTiming
+from hf_dflop.integrations.timing import StepTimer
 from hf_dflop.integrations.trace import TraceWriter
 from hf_dflop.shapes import Shapes
 
@@ -47,7 +50,7 @@ logger = logging.getLogger(__name__)
 
 
 class DflopCallback(TrainerCallback):
-    """Composes the microbatches of every optimizer step so that all ranks finish together.
+    r"""Composes the microbatches of every optimizer step so that all ranks finish together.
 
     Pass it to an otherwise unchanged [`~transformers.Trainer`] (or TRL `SFTTrainer`). The samples of each optimizer
     step stay those that the stock sampler would have given it; only their grouping into ranks and microbatches
@@ -70,6 +73,10 @@ class DflopCallback(TrainerCallback):
     | `dflop/idle_s_rank<r>` | measured: seconds that rank r waited for the slowest rank per step (up to 16 ranks) |
     | `dflop/busy_s_max`, `dflop/busy_s_mean` | measured: the slowest and the mean rank |
     | `dflop/slowest_rank` | measured: the rank that computed longest |
+    | `dflop/cost_version` | how often the costs were corrected; the newest version, which holds a few steps later |
+    | `dflop/prediction_error` | mean \|measured − predicted\| ÷ predicted of a microbatch, up to a common factor |
+    | `dflop/slowdown_max` | how many times longer the slowest rank takes for the same work as the usual one |
+    | `dflop/slow_rank` | a rank that was found to be slow, in two looks one after the other; absent if none is |
 
     A [`PackedCollator`] joins samples in training only: evaluations get the padding collator in it, since `Trainer`
     takes the rows of an evaluation for samples.
@@ -103,8 +110,20 @@ class DflopCallback(TrainerCallback):
             With more than 1, giant samples that nothing in their step can balance are paired across so many
             consecutive steps. Steps then no longer hold the samples of the stock run: a sample may be used up to
             `window_steps - 1` steps earlier or later (still once an epoch), and giants share a step.
+        correct (`bool`, *optional*, defaults to `"auto"`):
+            Whether measured microbatches correct the costs while training goes on. `"auto"`: where ranks meet once
+            per step, so that a microbatch's own time can be measured (DDP), there are several of them, and
+            `full_determinism` is off: the grouping then depends on measured times. The samples of every step, and so
+            the gradient, never do.
+        correct_every (`int`, *optional*, defaults to 10):
+            Optimizer steps between two corrections; each costs one small gather and a wait for the device.
+        slow_ranks (`str`, *optional*, defaults to `"name"`):
+            What becomes of a rank that takes longer for the same work: `"name"` it, in a warning and in the log (most
+            often its machine needs repair, and less work would hide that), or `"rebalance"`: give it less work, too.
+            Needs `correct`.
         trace_dir (`str` or `Path`, *optional*):
-            Folder for one JSON line per step and rank, with every microbatch's samples and times.
+            Folder for one JSON line per step and rank, with every microbatch's samples and times; for
+            `hf-dflop report`.
         verify (`int`, *optional*, defaults to 4):
             Random samples that are collated before training and compared with their shapes.
         seed (`int`, *optional*, defaults to 0):
@@ -137,6 +156,9 @@ class DflopCallback(TrainerCallback):
         max_patches: int | None = None,
         oversize: Literal["error", "alone"] = "error",
         window_steps: int = 1,
+        correct: bool | Literal["auto"] = "auto",
+        correct_every: int = 10,
+        slow_ranks: Literal["name", "rebalance"] = "name",
         trace_dir: str | Path | None = None,
         verify: int = 4,
         seed: int = 0,
@@ -153,6 +175,7 @@ class DflopCallback(TrainerCallback):
         self._max_patches = max_patches
         self._oversize = oversize
         self._window_steps = window_steps
+        self._correct = Correct(correct, every=correct_every, slow_ranks=slow_ranks)
         self._trace_dir = trace_dir
         self._verify = verify
         self._seed = seed
@@ -162,6 +185,8 @@ class DflopCallback(TrainerCallback):
         self._trace: TraceWriter | None = None
         self._trainer: Any = None
         self._pending: list[tuple[int, int, StepPlan | None]] = []
+        self._unlogged: list[MeasuredStep] = []
+        self._correction: Correction | None = None
         self._image_parameters: list[torch.nn.Parameter] = []
 
     # ---- set-up -----------------------------------------------------------------------------------------------
@@ -212,6 +237,7 @@ class DflopCallback(TrainerCallback):
                 skipped = 0 if args.ignore_data_skip else state.global_step * self._num_slots
                 self.sampler.resume(done["epoch"], self._resume_step, skipped)
             remember(state, self._order)
+        self._correction = start_correction(trainer, self.sampler, state, self._correct)
         self._timer = StepTimer(trainer.model, args.device)
         if self._trace_dir is not None:
             self._trace = TraceWriter(self._trace_dir, self._rank, resume=state.global_step > 0)
@@ -359,6 +385,10 @@ class DflopCallback(TrainerCallback):
         if self._order is not None:
             epoch = self.sampler.epoch if isinstance(self.sampler, BalancedStream) else self._epoch
             remember(state, self._order, epoch=epoch, step=self._step)
+        if self._correction is not None and self._correction.is_due(state.global_step):
+            self._collect()
+            self._correction.learn()
+            self._correction.remember(state)
 
     def on_log(
         self,
@@ -390,48 +420,39 @@ class DflopCallback(TrainerCallback):
 
     # ---- what was measured ------------------------------------------------------------------------------------
 
-    def _report(self) -> None:
+    def _collect(self) -> None:
+        """Gather the steps since the last call, for the log and for learning; after the same step on every rank."""
         assert self._timer is not None
         pending, self._pending = self._pending, []
         timings = self._timer.drain()
         if not pending:
             return
-        mine = torch.tensor(
-            [[t.data_s, t.busy_s, t.sync_s, t.step_s] for t in timings],
-            dtype=torch.float32,
-            device=self._trainer.args.device,
-        )
-        gathered = self._trainer.accelerator.gather(mine[None]).cpu().numpy().astype(np.float64)
-        logs = step_logs(gathered, [plan for _, _, plan in pending])
-        # The base class's log: TRL overrides it to add, and then forget, the metrics of the loss record.
-        Trainer.log(self._trainer, logs)
+        accelerator = self._trainer.accelerator
         if self._trace is not None:
             for (step, epoch, plan), timing in zip(pending, timings, strict=True):
-                self._trace.write(self._record(step, epoch, plan, timing))
+                self._trace.write_step(
+                    timing, step, epoch, plan, num_ranks=accelerator.num_processes, sampler=self.sampler
+                )
             self._trace.flush()
+        costs = getattr(self.sampler, "costs", None)
+        steps = gather_steps(accelerator, timings, pending, num_slots=self._num_slots, costs=costs)
+        self._unlogged += steps
+        if self._correction is not None:
+            self._correction.see(steps)
 
-    def _record(self, step: int, epoch: int, plan: StepPlan | None, timing: StepTiming) -> dict[str, Any]:
-        record: dict[str, Any] = {
-            "step": step,
-            "epoch": epoch,
-            "rank": self._rank,
-            "begin_s": timing.begin_s,
-            "data_s": timing.data_s,
-            "slot_end_s": timing.slot_end_s,
-            "sync_end_s": timing.sync_end_s,
-            "end_s": timing.end_s,
-        }
-        if plan is not None:
-            assignment = plan.assignment
-            assert self.sampler is not None
-            record["samples"] = plan.microbatches(self._rank)
-            record["slot_predicted_s"] = [self.sampler.microbatch_s(group) for group in record["samples"]]
-            record["predicted_s"] = assignment.predicted_s
-            record["predicted_stock_s"] = assignment.baseline_s
-            record["bound_s"] = assignment.bound_s
-            record["scheduling_s"] = plan.scheduling_s
-            record["scheduling_wait_s"] = plan.scheduling_wait_s
-        return record
+    def _report(self) -> None:
+        self._collect()
+        steps, self._unlogged = self._unlogged, []
+        if not steps:
+            return
+        logs = step_logs(np.stack([step.seconds for step in steps], axis=1), [step.plan for step in steps])
+        if self._correction is not None:
+            logs |= self._correction.logs()
+        # The base class's log: TRL overrides it to add, and then forget, the metrics of the loss record.
+        Trainer.log(self._trainer, logs)
+        line = straggler_line(steps, getattr(self.sampler, "costs", None)) if self._rank == 0 else None
+        if line is not None:
+            logger.info("hf_dflop: %s", line)
 
     def _close(self) -> None:
         if self._timer is not None:
@@ -441,5 +462,7 @@ class DflopCallback(TrainerCallback):
             self._trace.close()
             self._trace = None
         self._pending = []
+        self._unlogged = []
+        self._correction = None
         self._image_parameters = []
         self._trainer = None

@@ -9,7 +9,7 @@ import numpy.typing as npt
 from hf_dflop.profile.waiting import WAYS, Waiting
 from hf_dflop.shapes import Shapes
 
-__all__ = ["WAY_NAMES", "joint", "subsets", "tail", "waiting"]
+__all__ = ["WAY_NAMES", "joint", "style", "subsets", "tail", "waiting"]
 
 INK, GRID = "#1f2933", "#e4e7eb"
 COLORS = {"stock": "#829ab1", "group_by_length": "#d9a441", "batch_rebalance": "#7b5ea7", "balanced": "#0b7a75"}
@@ -25,7 +25,8 @@ _MAX_POINTS = 5000
 Costs = npt.NDArray[np.float64]
 
 
-def _style(figure: Any, height: int) -> Any:
+def style(figure: Any, height: int) -> Any:
+    """The look of all figures of the pages."""
     figure.update_layout(
         height=height,
         template="simple_white",
@@ -74,7 +75,7 @@ def joint(shapes: Shapes, vision: Costs, llm: Costs, unit: str) -> Any:
     figure.update_yaxes(title_text=f"vision encoder, {unit} per sample", rangemode="tozero", row=2, col=1)
     figure.update_xaxes(title_text="samples", row=2, col=2)
     figure.update_yaxes(title_text="samples", row=1, col=1)
-    return _style(figure, 480)
+    return style(figure, 480)
 
 
 def tail(vision: Costs, llm: Costs) -> Any:
@@ -95,7 +96,7 @@ def tail(vision: Costs, llm: Costs) -> Any:
     )
     figure.update_xaxes(title_text="share of samples, heaviest first", tickformat=".0%")
     figure.update_yaxes(title_text="share of the cost", tickformat=".0%")
-    return _style(figure, 320)
+    return style(figure, 320)
 
 
 def subsets(names: Sequence[str], of_samples: Costs, of_cost: Costs) -> Any:
@@ -110,7 +111,7 @@ def subsets(names: Sequence[str], of_samples: Costs, of_cost: Costs) -> Any:
         )  # fmt: skip
     figure.update_xaxes(tickformat=".0%", rangemode="tozero")
     figure.update_yaxes(autorange="reversed", automargin=True, type="category")
-    return _style(figure, 120 + 44 * len(names))
+    return style(figure, 120 + 44 * len(names))
 
 
 def waiting(results: Sequence[Waiting]) -> Any:
@@ -126,4 +127,4 @@ def waiting(results: Sequence[Waiting]) -> Any:
             textposition="outside", cliponaxis=False, hovertemplate="%{x}: %{y:.1%} of the step<extra></extra>",
         )  # fmt: skip
     figure.update_yaxes(title_text="share of the step spent waiting", tickformat=".0%", rangemode="tozero")
-    return _style(figure, 340)
+    return style(figure, 340)

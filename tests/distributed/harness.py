@@ -51,6 +51,7 @@ def train(
     resume: str | None = None,
     output_dir: str | None = None,
     evaluate_first: bool = False,
+    trainer_class: type[NotingTrainer] = NotingTrainer,
     **arguments: Any,
 ) -> NotingTrainer:
     """One training run of a fresh tiny model; `arguments` go to `TrainingArguments`."""
@@ -70,7 +71,7 @@ def train(
         "ddp_timeout": 60,
     }
     with tempfile.TemporaryDirectory() as scratch:
-        trainer = NotingTrainer(
+        trainer = trainer_class(
             model=model if model is not None else tiny.model(dtype),
             args=TrainingArguments(output_dir=output_dir or scratch, **(defaults | arguments)),
             train_dataset=dataset,

@@ -69,3 +69,14 @@ def test_a_dummy_image_keeps_sharded_ranks_together() -> None:
     assert launch(script, num_processes=2, timeout_s=60).count("sharded: ") == 2
     with pytest.raises(AssertionError, match=r"failed|hung"):  # the danger is real
         launch(script, "bare", num_processes=2, timeout_s=60)
+
+
+def test_costs_correct_themselves_and_slow_ranks_are_found() -> None:
+    output = launch("tests.distributed.scripts.correction", num_processes=2, timeout_s=200)
+    for told in ("resumed between two versions", "wrong costs: ", "slow rank: "):
+        assert output.count(told) == 2
+    assert output.count("hf_dflop: rank 1 is slow: it takes 1.") >= 2
+    assert "It gets less work from now on." in output
+    assert "hf_dflop: cost version 1 holds from step " in output
+    assert "waited for rank 1 in " in output  # the log line that names the straggler, its microbatch and samples
+    assert "most beyond its prediction: step " in output

@@ -42,6 +42,21 @@ def rows(count: int, seed: int = 0, *, text_only: bool = True) -> tuple[Dataset,
     low = 0 if text_only else 1
     images = np.minimum(generator.geometric(0.5, count) - 1 + low, 6)
     text = np.clip(generator.lognormal(2.5, 0.8, count), 4, 60).astype(int)
+    return rows_of(images, text, generator)
+
+
+def two_kinds(count: int, seed: int = 0) -> tuple[Dataset, Shapes]:
+    """`count` rows, half of them many images with a short text, half long text alone: wrong costs show at once."""
+    generator = np.random.default_rng(seed)
+    has_images = generator.random(count) < 0.5
+    images = np.where(has_images, generator.integers(3, 7, count), 0)
+    text = np.where(has_images, generator.integers(4, 12, count), generator.integers(20, 60, count))
+    return rows_of(images, text, generator)
+
+
+def rows_of(images: Any, text: Any, generator: np.random.Generator) -> tuple[Dataset, Shapes]:
+    """Rows with so many images and text tokens each."""
+    count = len(images)
     ids, labels = [], []
     for index in range(count):
         words = generator.integers(4, VOCAB, text[index]).tolist()

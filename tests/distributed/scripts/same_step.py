@@ -31,7 +31,11 @@ def compare(dtype: torch.dtype, optimizer: str, **arguments: object) -> tuple[fl
     }
     initial = {name: value.double() for name, value in tiny.model(dtype).named_parameters()}
     stock = train(dataset, [], dtype=dtype, **settings)
-    balanced = train(dataset, [DflopCallback(dataset)], dtype=dtype, **settings)
+    # Corrected from the first steps on, so that versions change while it runs.
+    callback = DflopCallback(dataset, correct=True, correct_every=3, slow_ranks="rebalance")
+    balanced = train(dataset, [callback], dtype=dtype, **settings)
+    versions = [log["dflop/cost_version"] for log in balanced.state.log_history if "dflop/cost_version" in log]
+    assert versions[-1] > versions[0] == 0, versions
     assert stock.accelerator.num_processes == WORLD, stock.accelerator.num_processes
     assert len(stock.samples_of_steps()) == 20
     assert stock.samples_of_steps() == balanced.samples_of_steps()

@@ -407,3 +407,71 @@ def test_import_is_light() -> None:
     code = "import sys, hf_dflop.balance; print([m for m in ('torch', 'numba', 'ortools') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+def slowed(vision: Seconds, llm: Seconds, slowness: list[float], ranks: int, slots: int, **kwargs: Any) -> Assignment:
+    return assign(
+        vision, llm, num_ranks=ranks, num_slots=slots, rank_speeds=[1 / s for s in slowness], padded=False, **kwargs
+    )
+
+
+def test_a_slow_rank_gets_less_work_by_hand() -> None:
+    # 4 and 2 samples of 1 s: rank 1 takes twice as long for each, so both end after 4 s
+    result = slowed(np.zeros(6), np.ones(6), [1.0, 2.0], 2, 1, objective="step")
+    assert [len(rank[0]) for rank in result.groups] == [4, 2]
+    assert (result.predicted_s, result.bound_s, result.imbalance) == (4.0, 4.0, 0.0)
+    assert result.rank_busy_s.tolist() == [4.0, 4.0]
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_speeds_against_brute_force(objective: str, padded: bool) -> None:
+    rng = np.random.default_rng(5)
+    factors = []
+    for trial in range(9):
+        n, ranks, slots = ((7, 2, 1), (6, 2, 2), (7, 3, 1))[trial % 3]
+        vision, llm = rng.integers(0, 9, (2, n)).astype(float)
+        slowness = rng.choice([1.0, 1.25, 1.5, 2.0], ranks)
+        slowness[trial % ranks] = 1.0
+
+        def slow_cost(groups: Any, slowness: Seconds = slowness, v: Seconds = vision, lm: Seconds = llm) -> float:
+            table = np.array(
+                [
+                    [
+                        (s * v[list(g)].sum(), s * (len(g) * lm[list(g)].max() if padded else lm[list(g)].sum()))
+                        for g in rank
+                    ]
+                    for rank, s in zip(groups, slowness, strict=True)
+                ]
+            )
+            return float(OBJECTIVES[objective](table[..., 0], table[..., 1]))
+
+        result = assign(
+            vision, llm, num_ranks=ranks, num_slots=slots, objective=objective, padded=padded, seed=trial,
+            rank_speeds=1 / slowness,
+        )  # fmt: skip
+        result.validate(n)
+        assert result.predicted_s == pytest.approx(slow_cost(result.groups))
+        best = min(slow_cost(groups) for groups in all_groups(n, ranks, slots))
+        assert result.bound_s <= best * (1 + 1e-9)
+        factors.append(result.predicted_s / best)
+    assert min(factors) >= 1 - 1e-9
+    assert max(factors) <= 1.15
+    assert np.mean(factors) <= 1.02
+
+
+def test_many_ranks_of_different_speed_end_together() -> None:
+    vision, llm, _, _ = onevision(256, 3)
+    slowness = [1.3 if rank == 5 else 1.0 for rank in range(8)]
+    for objective in ("step", "slot"):
+        blind = assign(vision, llm, num_ranks=8, num_slots=4, objective="step", padded=False)
+        seeing = slowed(vision, llm, slowness, 8, 4, objective=objective)
+        waits = 1 - (blind.rank_busy_s * slowness).mean() / (blind.rank_busy_s * slowness).max()
+        assert waits > 0.15
+        assert seeing.imbalance < 0.05, (objective, seeing.imbalance)
+
+
+@pytest.mark.parametrize(("speeds", "message"), [([1.0], "shape"), ([1.0, 0.0], "rank|speed"), ([1.0, 0.1], "slower")])
+def test_speeds_that_are_not_usable(speeds: list[float], message: str) -> None:
+    with pytest.raises(BalanceError, match=message):
+        assign([1, 1], [1, 1], num_ranks=2, num_slots=1, objective="step", padded=False, rank_speeds=speeds)
