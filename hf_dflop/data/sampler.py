@@ -70,7 +70,7 @@ class StepPlan:
     assignment: Assignment
     indices: npt.NDArray[np.int64]
     """`(num_samples,)` dataset index of each position of the assignment."""
-    stock: list[Microbatches]
+    stock: Sequence[Microbatches]
     """Dataset indices of the stock grouping: rank → slot → indices."""
     balanced: bool
     """Whether the assignment is what runs; `False` keeps the stock grouping."""
