@@ -54,8 +54,8 @@ def assign(
     patches: Any = None,
     max_patches: int | None = None,
     spread: Any = None,
-    oversize: str = "error",
     rank_speeds: Any = None,
+    oversize: str = "error",
     seed: int = 0,
     proposals: int | None = None,
 ) -> Assignment:
@@ -82,12 +82,12 @@ def assign(
             `(num_samples,)` booleans, such as "has an image": every microbatch gets at least one such sample, so that
             all ranks run the same modules. Left out of account where the step has fewer of them than microbatches,
             or where the caps leave no room for it; `Assignment.is_spread` tells.
-        oversize (`str`, *optional*, defaults to `"error"`):
-            What becomes of a sample that is above a cap by itself: an error, or `"alone"`: it gets a microbatch of
-            its own, which exceeds the cap by what the sample does.
         rank_speeds (`npt.ArrayLike`, *optional*):
             `(num_ranks,)` relative speeds > 0. Costs hold for the fastest rank; a slower one gets less work, so that
             all end together.
+        oversize (`str`, *optional*, defaults to `"error"`):
+            What becomes of a sample that is above a cap by itself: an error, or `"alone"`: it gets a microbatch of
+            its own, which exceeds the cap by what the sample does.
         seed (`int`, *optional*, defaults to 0): seed of the search, such as the step's number.
         proposals (`int`, *optional*): changes that the search tries at most; by default it grows with the samples.
 
@@ -119,8 +119,8 @@ def assign(
         patches=patches,
         max_patches=max_patches,
         spread=spread,
-        oversize=oversize,
         rank_speeds=rank_speeds,
+        oversize=oversize,
     )
     bound = step_bound_ticks(problem)
     limit = min(PROPOSALS_PER_SAMPLE * problem.num_samples, MAX_PROPOSALS) if proposals is None else proposals

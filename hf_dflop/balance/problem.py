@@ -13,10 +13,11 @@ from hf_dflop.errors import BalanceError
 
 __all__ = ["OVERSIZE", "SLOWNESS_BITS", "Problem", "checked_problem"]
 
-OVERSIZE = ("error", "alone")
-"""What becomes of a sample above a cap."""
 SLOWNESS_BITS = 10
 """Slowness is counted in 2**-SLOWNESS_BITS, so that times stay whole numbers."""
+
+OVERSIZE = ("error", "alone")
+"""What becomes of a sample above a cap."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -102,8 +103,8 @@ def checked_problem(
     patches: Any,
     max_patches: int | None,
     spread: Any,
-    oversize: str = "error",
     rank_speeds: Any = None,
+    oversize: str = "error",
 ) -> Problem:
     """Check the arguments of `assign` and turn seconds into ticks; raises as `assign` does."""
     code = objective_code(objective)

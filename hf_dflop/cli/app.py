@@ -23,8 +23,8 @@ app = typer.Typer(
 )
 app.command()(profile)
 app.command()(merge)
-app.command()(measure)
 app.command()(report)
+app.command()(measure)
 app.command()(plan)
 app.command()(simulate)
 

@@ -244,11 +244,6 @@ class CostModel:
         terms = self._terms(shapes, tokens)
         return np.asarray([float(terms[name].sum()) for name in RATE_TERMS])
 
-    def sample_flops(self, shapes: Shapes) -> FloatArray:
-        """Training FLOPs of each sample alone by term, `(num_samples, 4)` in the order of `RATE_TERMS`."""
-        terms = self._terms(shapes, shapes.llm_tokens)
-        return np.column_stack([terms[name] for name in RATE_TERMS])
-
     def vision_s(self, shapes: Shapes) -> FloatArray:
         """Seconds of encoder and connector for each sample, `(num_samples,)`."""
         if self.profile is not None:
@@ -272,6 +267,23 @@ class CostModel:
             return np.sum([self.measured_s(*part, lengths, squares) for part in parts], axis=0)
         terms = self._terms(None, lengths)
         return terms["llm_linear"] / self.rates.llm_linear + terms["llm_attention"] / self.rates.llm_attention
+
+    def vision_work(self, shapes: Shapes) -> FloatArray:
+        """What the rates of a sample's images apply to, `(num_samples, 2)`: weights, attention.
+
+        FLOPs; of a measured model, which has curves, its seconds × the rate, all in the first column.
+        """
+        if self.profile is not None:
+            return np.outer(self.vision_s(shapes) * self.rates.vision_linear, [1.0, 0.0])
+        terms = self._terms(shapes, None)
+        return np.column_stack([terms["vision_linear"], terms["vision_attention"]])
+
+    def llm_work(self, tokens: npt.ArrayLike) -> FloatArray:
+        """The same of LLM rows of the given lengths, `(num_rows, 2)`."""
+        if self.profile is not None:
+            return np.outer(self.llm_s(tokens) * self.rates.llm_linear, [1.0, 0.0])
+        terms = self._terms(None, tokens)
+        return np.column_stack([terms["llm_linear"], terms["llm_attention"]])
 
     def sample_seconds(self, shapes: Shapes) -> FloatArray:
         """Seconds of each sample alone and unpadded, `(num_samples, 2)`: vision, LLM; without the

@@ -13,20 +13,27 @@ Assumptions: f grows at least in proportion (then a lower bound is every row hav
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from hf_dflop.balance import OBJECTIVES, Assignment
-from hf_dflop.cost import CostModel
 
-__all__ = ["priced_by_row", "sample_costs"]
+__all__ = ["RowCost", "priced_by_row", "sample_costs"]
 
 Floats = npt.NDArray[np.float64]
 
 
-def sample_costs(cost_model: CostModel, tokens: npt.NDArray[np.int64], num_groups: int) -> Floats:
+class RowCost(Protocol):
+    """Seconds of rows of given lengths: a `CostModel`, or a version of one."""
+
+    def llm_s(self, tokens: Any) -> Floats:
+        """Seconds of rows of `tokens` positions, `(num_rows,)`."""
+        ...
+
+
+def sample_costs(cost_model: RowCost, tokens: npt.NDArray[np.int64], num_groups: int) -> Floats:
     """Seconds that each sample adds to a row of mean length, `(num_samples,)`."""
     mean = int(tokens.sum()) // num_groups
     step = max(mean // 100, 1)
@@ -36,17 +43,19 @@ def sample_costs(cost_model: CostModel, tokens: npt.NDArray[np.int64], num_group
 
 def priced_by_row(
     assignment: Assignment,
-    cost_model: CostModel,
+    cost_model: RowCost,
     vision_s: Floats,
     tokens: npt.NDArray[np.int64],
     baseline: Sequence[Sequence[Sequence[int]]],
     *,
     may_keep: bool,
+    rank_speeds: Sequence[float] | None = None,
 ) -> Assignment:
     """The assignment with the seconds of whole rows, or the stock grouping where it is faster and `may_keep`."""
-    own = _Price(assignment.groups, cost_model, vision_s, tokens, assignment.objective)
+    slowness = np.ones(len(baseline)) if rank_speeds is None else max(rank_speeds) / np.asarray(rank_speeds)
+    own = _Price(assignment.groups, cost_model, vision_s, tokens, assignment.objective, slowness)
     stock_groups = tuple(tuple(np.asarray(slot, dtype=np.int64) for slot in rank) for rank in baseline)
-    stock = _Price(stock_groups, cost_model, vision_s, tokens, assignment.objective)
+    stock = _Price(stock_groups, cost_model, vision_s, tokens, assignment.objective, slowness)
     keeps = assignment.is_baseline
     if may_keep and stock.seconds <= own.seconds:
         own, keeps = stock, True
@@ -72,12 +81,19 @@ class _Price:
     """A grouping with the seconds of its rows."""
 
     def __init__(
-        self, groups: Any, cost_model: CostModel, vision_s: Floats, tokens: npt.NDArray[np.int64], objective: str
+        self,
+        groups: Any,
+        cost_model: RowCost,
+        vision_s: Floats,
+        tokens: npt.NDArray[np.int64],
+        objective: str,
+        slowness: Floats,
     ) -> None:
         self.groups = groups
         lengths = np.array([[int(tokens[group].sum()) for group in slots] for slots in groups])
-        self.llm = cost_model.llm_s(lengths.ravel()).reshape(lengths.shape)
-        self.vision = np.array([[float(vision_s[group].sum()) for group in slots] for slots in groups])
+        self.llm = cost_model.llm_s(lengths.ravel()).reshape(lengths.shape) * slowness[:, None]
+        vision = np.array([[float(vision_s[group].sum()) for group in slots] for slots in groups])
+        self.vision = vision * slowness[:, None]
         self.seconds = float(OBJECTIVES[objective](self.vision, self.llm))
         lanes = len(groups) * (2 * len(groups[0]) if objective == "pipeline" else 1)
         total = float((self.vision + self.llm).sum())

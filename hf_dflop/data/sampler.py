@@ -78,10 +78,10 @@ class StepPlan:
     """Seconds that making this plan took."""
     scheduling_wait_s: float = 0.0
     """Seconds of them (and of the plans before it) that the loop had to wait."""
-    has_image: bool = True
-    """Whether any sample of the step has an image."""
     cost_version: CostVersion | None = None
     """What the costs come from; None where they never change."""
+    has_image: bool = True
+    """Whether any sample of the step has an image."""
 
     def microbatches(self, rank: int) -> list[list[int]]:
         """The dataset indices that `rank` loads, one list per slot."""
@@ -192,6 +192,7 @@ class BalancedBatchSampler:
         self._balance = balance
         self._seed = seed
         self._look_ahead_steps = look_ahead_steps
+        self.costs = CostVersions(shapes, cost_model, padded=padded, all_pairs=all_pairs)
         self._window_steps = window_steps if balance else 1
         self._oversize = oversize
         self._cut: dict[str, Any] = {
@@ -200,10 +201,6 @@ class BalancedBatchSampler:
             "dataset": shapes.fingerprint(),
         }
         self._dummy = dummy
-        self.prices_rows = all_pairs and not padded
-        """A joined row is priced as a whole, by all pairs of its tokens."""
-        self.costs = CostVersions(shapes, cost_model, padded=padded)
-        self._pairing_model, self._shapes = cost_model, shapes
         self._tokens = shapes.llm_tokens
         self._patches = shapes.image_patches
         self._has_image = shapes.num_images > 0
@@ -332,8 +329,8 @@ class BalancedBatchSampler:
         """The steps of the window of `step`, giants paired."""
         begin = step - step % self._window_steps
         steps = range(begin, min(begin + self._window_steps, num_steps))
-        # By the costs that training began with: a resumed run pairs as the whole one did.
-        seconds = self._pairing_model.sample_seconds(self._shapes).sum(axis=1)
+        # By the costs that training began with: a version must not cut a window in two.
+        seconds = self.costs.first_seconds()
         paired = paired_steps([self._stock_of(ranks, step) for step in steps], seconds, self._num_ranks)
         return dict(zip(steps, paired, strict=True))
 
@@ -372,10 +369,11 @@ class BalancedBatchSampler:
         self, indices: npt.NDArray[np.int64], baseline: Any, epoch: int, step: int, version: CostVersion
     ) -> Assignment:
         tokens, patches = self._tokens[indices], self._patches[indices]
-        vision_s, llm_s = self.costs.seconds(indices, version)
         num_slots = len(baseline[0])
-        if self.prices_rows:
-            llm_s = sample_costs(version.model, tokens, self._num_ranks * num_slots)
+        vision_s, llm_s = self.costs.seconds(indices, version)
+        row_cost = self.costs.row_cost(version)
+        if row_cost is not None:
+            llm_s = sample_costs(row_cost, tokens, self._num_ranks * num_slots)
         arguments: dict[str, Any] = {
             "vision_s": vision_s,
             "llm_s": llm_s,
@@ -393,11 +391,12 @@ class BalancedBatchSampler:
             "rank_speeds": version.rank_speeds,
             "seed": (self._seed * 1_000_003 + epoch * 8_191 + step) % 2**31,
         }
+        dummy = None if self._dummy is None else self.costs.dummy(self._dummy, version)
         try:
-            found = (assign_filled(arguments, self._dummy) if self._spread_images else None) or assign(**arguments)
+            found = (assign_filled(arguments, dummy) if self._spread_images else None) or assign(**arguments)
         except BalanceError as error:
             raise BalanceError(f"epoch {epoch}, step {step}, samples {indices.tolist()[:16]}...: {error}") from error
-        if not self.prices_rows:
+        if row_cost is None:
             return found
         fits = not self._spread_images and all(
             cap is None or int(counts[group].sum()) <= cap
@@ -405,7 +404,9 @@ class BalancedBatchSampler:
             for slots in baseline
             for group in slots
         )
-        return priced_by_row(found, version.model, vision_s, tokens, baseline, may_keep=fits)
+        return priced_by_row(
+            found, row_cost, vision_s, tokens, baseline, may_keep=fits, rank_speeds=version.rank_speeds
+        )
 
     def _check_epoch(self, ranks: Sequence[Microbatches], epoch: int, num_steps: int) -> None:
         """Raise before the epoch begins, rather than at the step that has too few images."""

@@ -8,7 +8,7 @@ yet. Steps are counted from the start of the training: epoch × steps per epoch 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,8 @@ import numpy.typing as npt
 
 from hf_dflop.cost import CostModel
 from hf_dflop.cost.fit import RATE_TERMS
+from hf_dflop.data.dummies import Dummy
+from hf_dflop.data.joined_rows import RowCost
 from hf_dflop.errors import BalanceError, ModelError
 from hf_dflop.shapes import Shapes
 
@@ -64,18 +66,21 @@ class CostVersion:
 
 
 class CostVersions:
-    """The versions of a run, and the FLOPs of every sample that they turn into seconds.
+    """The versions of a run, and what every sample computes, which they turn into seconds.
 
     Args:
         shapes ([`Shapes`]): the whole dataset.
-        model ([`CostModel`]): version 0.
+        model ([`CostModel`]): version 0. Later ones differ from it in rates and overhead.
         padded (`bool`): whether microbatches are padded to their longest sample.
+        all_pairs (`bool`): a packed row costs what one sample of its length would, see `joined_rows`.
     """
 
-    def __init__(self, shapes: Shapes, model: CostModel, *, padded: bool) -> None:
+    def __init__(self, shapes: Shapes, model: CostModel, *, padded: bool, all_pairs: bool = False) -> None:
+        self._base = model
         self._padded = padded
-        self._flops = model.sample_flops(shapes)
+        self._joined = all_pairs and not padded
         self._tokens = shapes.llm_tokens
+        self._flops = np.column_stack([model.vision_work(shapes), model.llm_work(self._tokens)])
         self._versions = [CostVersion(number=0, from_step=0, model=model)]
         self.planned_through = -1
         """The last step that was planned, or is being planned; on every rank maybe another one."""
@@ -121,6 +126,24 @@ class CostVersions:
             llm_linear / rates.llm_linear + llm_attention / rates.llm_attention,
         )
 
+    def first_seconds(self) -> FloatArray:
+        """Seconds of every sample alone under the model that training began with, `(num_samples,)`."""
+        every = np.arange(len(self._tokens))
+        return np.sum(self.seconds(every, CostVersion(number=0, from_step=0, model=self._base)), axis=0)
+
+    def row_cost(self, version: CostVersion) -> RowCost | None:
+        """What a joined row costs under a version; None where a row costs the sum of its samples."""
+        return _VersionRows(self._base, version) if self._joined else None
+
+    def dummy(self, dummy: Dummy, version: CostVersion) -> Dummy:
+        """A dummy priced by the first model, under a version."""
+        first, now = self._base.rates, version.model.rates
+        return replace(
+            dummy,
+            vision_s=dummy.vision_s * first.vision_linear / now.vision_linear,
+            llm_s=dummy.llm_s * first.llm_linear / now.llm_linear,
+        )
+
     def microbatch_flops(self, microbatches: Sequence[Sequence[int]]) -> FloatArray:
         """FLOPs by term that microbatches of these samples compute, padding included, `(num_microbatches, 4)`."""
         flops = np.zeros((len(microbatches), len(RATE_TERMS)))
@@ -131,6 +154,8 @@ class CostVersions:
             flops[row] = np.add.accumulate(own, axis=0)[-1]
             if self._padded:
                 flops[row, 2:] = len(own) * own[self._tokens[list(microbatch)].argmax(), 2:]
+        if self._joined:
+            flops[:, 2:] = self._base.llm_work([int(self._tokens[list(group)].sum()) for group in microbatches])
         return flops
 
     def module_seconds(self, microbatches: Sequence[Sequence[int]], version: CostVersion) -> FloatArray:
@@ -138,3 +163,15 @@ class CostVersions:
         rates = version.model.rates
         seconds = self.microbatch_flops(microbatches) / [getattr(rates, name) for name in RATE_TERMS]
         return np.column_stack([seconds[:, 0] + seconds[:, 1], seconds[:, 2] + seconds[:, 3]])
+
+
+class _VersionRows:
+    """The LLM's seconds of rows under a version."""
+
+    def __init__(self, base: CostModel, version: CostVersion) -> None:
+        self._base = base
+        self._rates = version.model.rates
+
+    def llm_s(self, tokens: Any) -> FloatArray:
+        linear, attention = self._base.llm_work(tokens).T
+        return linear / self._rates.llm_linear + attention / self._rates.llm_attention

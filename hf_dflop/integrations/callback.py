@@ -104,12 +104,6 @@ class DflopCallback(TrainerCallback):
             the longest sample, so that no microbatch needs more memory than an unlucky stock one.
         max_patches (`int`, *optional*):
             Encoder patches that one microbatch may hold; the default is chosen alike.
-        oversize (`str`, *optional*, defaults to `"error"`):
-            A sample that is above a cap by itself is an error, or `"alone"` in a microbatch of its own.
-        window_steps (`int`, *optional*, defaults to 1):
-            With more than 1, giant samples that nothing in their step can balance are paired across so many
-            consecutive steps. Steps then no longer hold the samples of the stock run: a sample may be used up to
-            `window_steps - 1` steps earlier or later (still once an epoch), and giants share a step.
         correct (`bool`, *optional*, defaults to `"auto"`):
             Whether measured microbatches correct the costs while training goes on. `"auto"`: where ranks meet once
             per step, so that a microbatch's own time can be measured (DDP), there are several of them, and
@@ -121,6 +115,12 @@ class DflopCallback(TrainerCallback):
             What becomes of a rank that takes longer for the same work: `"name"` it, in a warning and in the log (most
             often its machine needs repair, and less work would hide that), or `"rebalance"`: give it less work, too.
             Needs `correct`.
+        oversize (`str`, *optional*, defaults to `"error"`):
+            A sample that is above a cap by itself is an error, or `"alone"` in a microbatch of its own.
+        window_steps (`int`, *optional*, defaults to 1):
+            With more than 1, giant samples that nothing in their step can balance are paired across so many
+            consecutive steps. Steps then no longer hold the samples of the stock run: a sample may be used up to
+            `window_steps - 1` steps earlier or later (still once an epoch), and giants share a step.
         trace_dir (`str` or `Path`, *optional*):
             Folder for one JSON line per step and rank, with every microbatch's samples and times; for
             `hf-dflop report`.
@@ -154,11 +154,11 @@ class DflopCallback(TrainerCallback):
         cost_model: CostModel | None = None,
         max_tokens: int | None = None,
         max_patches: int | None = None,
-        oversize: Literal["error", "alone"] = "error",
-        window_steps: int = 1,
         correct: bool | Literal["auto"] = "auto",
         correct_every: int = 10,
         slow_ranks: Literal["name", "rebalance"] = "name",
+        oversize: Literal["error", "alone"] = "error",
+        window_steps: int = 1,
         trace_dir: str | Path | None = None,
         verify: int = 4,
         seed: int = 0,
@@ -173,9 +173,9 @@ class DflopCallback(TrainerCallback):
         self._cost_model = cost_model
         self._max_tokens = max_tokens
         self._max_patches = max_patches
+        self._correct = Correct(correct, every=correct_every, slow_ranks=slow_ranks)
         self._oversize = oversize
         self._window_steps = window_steps
-        self._correct = Correct(correct, every=correct_every, slow_ranks=slow_ranks)
         self._trace_dir = trace_dir
         self._verify = verify
         self._seed = seed
@@ -382,13 +382,13 @@ class DflopCallback(TrainerCallback):
         plan = self.sampler.plan_of(self._epoch, self._step) if self.sampler is not None else None
         self._pending.append((state.global_step, self._epoch, plan))
         self._step += 1
-        if self._order is not None:
-            epoch = self.sampler.epoch if isinstance(self.sampler, BalancedStream) else self._epoch
-            remember(state, self._order, epoch=epoch, step=self._step)
         if self._correction is not None and self._correction.is_due(state.global_step):
             self._collect()
             self._correction.learn()
             self._correction.remember(state)
+        if self._order is not None:
+            epoch = self.sampler.epoch if isinstance(self.sampler, BalancedStream) else self._epoch
+            remember(state, self._order, epoch=epoch, step=self._step)
 
     def on_log(
         self,

@@ -120,7 +120,7 @@ def check_wrong_costs(mean_s: float, steps: int) -> None:
     }
     assert fixed.samples_of_steps() == wrong.samples_of_steps() == oracle.samples_of_steps()
     versions = [int(log["dflop/cost_version"]) for log in fixed.state.log_history if "dflop/cost_version" in log]
-    print(f"wrong costs: last {last} of {steps} steps, waiting by true costs {true}, measured {measured}")
+    print(f"wrong costs: last {last} of {steps} steps, waiting by true costs {true}, by the clock {measured}")
     assert versions[-1] >= 1
     assert true["wrong"] > true["oracle"] + 0.04, true
     assert true["corrected"] <= true["oracle"] + 0.03, true
