@@ -237,10 +237,7 @@ class BalancedBatchSampler:
     def microbatch_s(self, microbatch: Sequence[int], version: CostVersion | None = None) -> float:
         """Predicted seconds of a microbatch of these dataset indices, under a cost version or the newest one."""
         version = version or self.costs.newest
-        vision_s, llm_s = self.costs.module_seconds([microbatch], version)[0]
-        if self.prices_rows:
-            llm_s = version.model.llm_s([int(self._tokens[list(microbatch)].sum())])[0]
-        return float(vision_s + llm_s + version.model.per_microbatch_s)
+        return float(self.costs.module_seconds([microbatch], version).sum()) + version.model.per_microbatch_s
 
     def position(self, epoch: int, step: int) -> int:
         """The number of an optimizer step, counted from the start of the training."""

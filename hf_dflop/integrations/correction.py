@@ -84,17 +84,8 @@ def start_correction(trainer: Any, sampler: Any, state: Any, asked: Correct) -> 
             f"correct=True, but ranks meet {hidden} here: a microbatch's time holds the waiting for others, and a "
             "slow rank looks like all. Give measured costs (CostModel.fit) as cost_model, and correct=False."
         )
-    if sampler.prices_rows and (asked.when is True or asked.slow_ranks == "rebalance"):
-        raise TrainerError(
-            "correct=True, but this attention computes all token pairs of a joined row, which the correction does not "
-            'model. Use an attention that skips them (flash_attention_2, flex_attention), or correct="auto".'
-        )
     learns = asked.when is True or (
-        asked.when == "auto"
-        and hidden is None
-        and num_ranks > 1
-        and not sampler.prices_rows
-        and not trainer.args.full_determinism
+        asked.when == "auto" and hidden is None and num_ranks > 1 and not trainer.args.full_determinism
     )
     correction = Correction(
         sampler.costs,
