@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0.dev0"
 
 _EXPORTS = {
+    "Cluster": "hf_dflop.plan.cluster",
     "CostModel": "hf_dflop.cost",
     "DatasetProfile": "hf_dflop.profile",
     "DflopCallback": "hf_dflop.integrations",
@@ -27,6 +28,7 @@ _EXPORTS = {
     "Shapes": "hf_dflop.shapes",
     "VisionLanguageCollator": "hf_dflop.data",
     "check_packing": "hf_dflop.data",
+    "make_plan": "hf_dflop.plan.make_plan",
     "profile_dataset": "hf_dflop.profile",
     "simulate": "hf_dflop.plan.simulation",
 }
@@ -39,6 +41,8 @@ if TYPE_CHECKING:
     from hf_dflop.data import PackedCollator, VisionLanguageCollator, check_packing
     from hf_dflop.errors import DflopError
     from hf_dflop.integrations import DflopCallback
+    from hf_dflop.plan.cluster import Cluster
+    from hf_dflop.plan.make_plan import make_plan
     from hf_dflop.plan.network import Network
     from hf_dflop.plan.plan import Plan
     from hf_dflop.plan.simulation import simulate

@@ -4,6 +4,7 @@ import sys
 
 import typer
 
+from hf_dflop.cli.plan import plan
 from hf_dflop.cli.profile import merge, profile
 from hf_dflop.cli.simulate import simulate
 from hf_dflop.errors import DflopError
@@ -20,6 +21,7 @@ app = typer.Typer(
 )
 app.command()(profile)
 app.command()(merge)
+app.command()(plan)
 app.command()(simulate)
 
 

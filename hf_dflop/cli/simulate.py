@@ -126,7 +126,7 @@ def simulate(
         written[html] = timeline_page(shown, recorded=recorded, comparison=comparison)
     for path, content in written.items():
         path.write_text(content, encoding="utf-8")
-    if save_calibration and comparison is not None:
+    if save_calibration and comparison is not None and comparison.helps:
         comparison.calibration.save(profile / CALIBRATION_NAME)
     if as_json:
         told: dict[str, Any] = simulation.to_dict()
@@ -138,7 +138,9 @@ def simulate(
     if comparison is not None:
         print()
         print(comparison.summary())
-        if save_calibration:
+        if not comparison.helps:
+            print("the fit does not reduce the error of steps that it has not seen: record more steps")
+        elif save_calibration:
             print(f"calibration: {profile / CALIBRATION_NAME}")
         else:
             print("save the fit for the next simulation with --save-calibration")

@@ -54,9 +54,7 @@ def layers_of(workload: Workload, layout: Layout, variant: Variant) -> tuple[tup
     ratio = _ratio(workload, variant)
     vision = split_layers(spec.vision.num_layers, layout.v_pp)
     first = ratio.encoder if layout.placement == "colocated" else 0.0
-    llm = split_layers(
-        spec.llm.num_layers, layout.l_pp * variant.num_chunks, first_extra=first, last_extra=ratio.head
-    )
+    llm = split_layers(spec.llm.num_layers, layout.l_pp * variant.num_chunks, first_extra=first, last_extra=ratio.head)
     return vision, llm
 
 
@@ -81,7 +79,7 @@ def layout_bounds(
     sums = workload.sums(*again)
     vision_s, llm_s, head_s, positions, tokens = (sums[:, k][None] for k in range(5))
     table = np.array([layout[1:] for layout in found], dtype=np.float64).reshape(len(found), 7)
-    v_tp, v_pp, v_dp, l_tp, l_pp, l_dp, _ = (table[:, k][:, None] for k in range(7))
+    v_tp, _, v_dp, l_tp, l_pp, l_dp, _ = (table[:, k][:, None] for k in range(7))
     disjoint = np.array([layout.placement == "disjoint" for layout in found])[:, None]
     # tensor-parallel sums, without latency: two per layer and direction, which nothing hides
     network = cluster.network

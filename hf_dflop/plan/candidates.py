@@ -1,7 +1,7 @@
 """The plans of a layout: microbatches, schedule, recomputation.
 
-In: a layout. Out: `Plan`s that fit, each with the least recomputation that does. This and `layouts` are the whole search
-space; brute force over both is the test of the search.
+In: a layout. Out: `Plan`s that fit, each with the least recomputation that does. This and `layouts` are the whole
+search space; brute force over both is the test of the search.
 """
 
 from collections.abc import Iterator, Sequence
@@ -28,8 +28,8 @@ def checkpointing_variants(workload: Workload) -> list[tuple[bool, bool]]:
 
 
 def microbatch_counts(layout: Layout, global_batch_size: int) -> list[int]:
-    """Microbatches of a replica that are tried: powers of two, most first, no more than samples; in a pipeline no fewer
-    than half its ranks, unless the samples do not go further."""
+    """Microbatches of a replica that are tried: powers of two, most first, no more than samples; in a pipeline no
+    fewer than half its ranks, unless the samples do not go further."""
     most = min(MAX_MICROBATCHES, global_batch_size // layout.l_dp)
     if not most:
         return []

@@ -3,8 +3,8 @@
 In: a preset's name or data-sheet numbers. Out: bytes and FLOP/s of each rank, seconds of sends and reductions (it is a
 `Communication` for the simulator).
 
-Assumptions: ranks fill nodes in their order, nodes of one kind come one after another; a node's links are alike; a model
-reaches `achieved` of the peak FLOP/s whatever it computes, unless a measured cost model says more.
+Assumptions: ranks fill nodes in their order, nodes of one kind come one after another; a node's links are alike; a
+model reaches `achieved` of the peak FLOP/s whatever it computes, unless a measured cost model says more.
 """
 
 import json

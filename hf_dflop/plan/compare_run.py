@@ -64,6 +64,8 @@ class Comparison:
     """Kinds of actions, then reduction, optimizer, data, and "step"."""
     calibration: Calibration
     """Brings predictions nearer to this run."""
+    helps: bool
+    """On the steps that it was not fitted to, the calibration reduces the error of the whole step."""
     num_steps: int
     replayed: Simulation
     """The recorded microbatches of each step, simulated, without the new calibration."""
@@ -72,6 +74,7 @@ class Comparison:
         """Plain numbers, lists and dicts."""
         return {
             "num_steps": self.num_steps,
+            "calibration_helps": self.helps,
             "kinds": [asdict(kind) for kind in self.kinds],
             "calibration": self.calibration.to_dict(),
         }
@@ -151,7 +154,10 @@ def compare_run(
     timelines = tuple(played(run, calibration) for run in runs)
     predicted = np.array([timeline.step_s for timeline in timelines])
     after_s = np.array([played(run, fitted).step_s for run in held])
-    kinds.append(_error("step", measured, predicted, _relative(np.array([run.step_s for run in held]), after_s)))
+    before_s = np.array([played(run, calibration).step_s for run in held])
+    held_s = np.array([run.step_s for run in held])
+    kinds.append(_error("step", measured, predicted, _relative(held_s, after_s)))
+    helps = float(np.abs(after_s - held_s).sum()) < float(np.abs(before_s - held_s).sum())
     replayed = Simulation(
         plan=plan,
         timelines=timelines,
@@ -160,7 +166,7 @@ def compare_run(
         peak_bytes=np.max([run.memory.peak_bytes(line) for run, line in zip(runs, timelines, strict=True)], axis=0),
         planning_s=0.0,
     )
-    return Comparison(kinds=tuple(kinds), calibration=fitted, num_steps=len(steps), replayed=replayed)
+    return Comparison(kinds=tuple(kinds), calibration=fitted, helps=helps, num_steps=len(steps), replayed=replayed)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

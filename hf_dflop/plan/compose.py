@@ -3,8 +3,8 @@
 In: replicas, number of microbatches, what one encoder second weighs against one LLM second. Out: for each batch a
 `Composition`: seconds and counts of every microbatch, from which the stages of any plan follow by multiplication.
 
-Composed by `hf_dflop.balance.assign`, which the sampler runs. The weight is rounded to a half power of two, so that plans
-that differ little share a composition; seconds are not rounded.
+Composed by `hf_dflop.balance.assign`, which the sampler runs. The weight is rounded to a half power of two, so that
+plans that differ little share a composition; seconds are not rounded.
 """
 
 from dataclasses import dataclass
@@ -123,13 +123,13 @@ def composition(
 
     def of_llm(values: npt.NDArray[Any]) -> FloatArray:
         if not padded:
-            return np.bincount(place, values, replicas * num).reshape(replicas, num)
+            return _sums(place, values, (replicas, num))
         most = np.zeros(replicas * num)
         np.maximum.at(most, place, values)
         return (most * sizes).reshape(replicas, num)
 
     def of_encoder(values: npt.NDArray[Any]) -> FloatArray:
-        return np.bincount(encoder_place, values[has], encoders * num).reshape(encoders, num)
+        return _sums(encoder_place, values[has], (encoders, num))
 
     return Composition(
         vision=np.stack([of_encoder(seconds.vision_forward), of_encoder(seconds.vision_backward)]),
@@ -137,7 +137,12 @@ def composition(
         head=np.stack([of_llm(seconds.head_forward), of_llm(seconds.head_backward)]),
         positions=of_encoder(shapes.image_patches + class_tokens * shapes.image_tiles),
         tokens=of_llm(shapes.llm_tokens),
-        image_tokens=np.bincount(place, shapes.image_tokens, replicas * num).reshape(replicas, num),
+        image_tokens=_sums(place, shapes.image_tokens, (replicas, num)),
         forward_from=forward_from,
         backward_from=backward_from,
     )
+
+
+def _sums(place: npt.NDArray[np.int64], values: npt.NDArray[Any], shape: tuple[int, int]) -> FloatArray:
+    """Sum of the values at each place, `shape`."""
+    return np.bincount(place, values, shape[0] * shape[1]).reshape(shape).astype(np.float64)

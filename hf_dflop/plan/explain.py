@@ -1,4 +1,5 @@
-"""A planning in words and in plain data: what won, what limits it, why others lost, what was ruled out, what it costs."""
+"""A planning in words and in plain data: what won, what limits it, why others lost, what was ruled out, what it
+costs."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +39,7 @@ def _hours(planning: "Planning", score: Score) -> float:
 
 def _score_line(score: Score) -> str:
     return (
-        f"{score.mean_s:.3f} s a step ({score.low_s:.3f} to {score.high_s:.3f}; 95 % of steps below {score.p95_s:.3f}), "
+        f"{score.mean_s:.3f} s a step ({score.low_s:.3f} to {score.high_s:.3f}; 95 % below {score.p95_s:.3f}), "
         f"GPUs compute {1 - score.idle_fraction:.0%} of it, {score.peak_bytes / 2**30:.1f} GiB at most"
     )
 
@@ -66,10 +67,11 @@ def explain(planning: "Planning") -> str:
         for kind, other, theirs in planning.rivals:
             name = "" if kind == "next" else f"best {kind}: "
             lines.append(
-                f"  {theirs.mean_s / score.mean_s:.2f}×  {name}{describe_layout(other)}: {_why(planning, other, theirs)}"
+                f"  {theirs.mean_s / score.mean_s:.2f}×  {name}{describe_layout(other)}: "
+                f"{_why(planning, other, theirs)}"
             )
     lines.append(
-        f"\nOf {result.num_layouts:,} layouts {result.num_bounded:,} were ruled out by a bound that they cannot go below, "
+        f"\nOf {result.num_layouts:,} layouts {result.num_bounded:,} were ruled out by a bound on their seconds, "
         f"{planning.result.num_layouts - result.num_bounded:,} were looked at plan by plan."
     )
     for reason, count in result.rejected.most_common():
@@ -127,4 +129,3 @@ def planning_dict(planning: "Planning") -> dict[str, Any]:
         "rejected": dict(planning.result.rejected),
         "constraints": list(planning.constraints),
     }
-

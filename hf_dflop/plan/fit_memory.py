@@ -1,11 +1,11 @@
 """Does a plan fit? Bytes of each pipeline rank of a plan.
 
-In: a plan, its microbatches, its order. Out: bytes of the fullest GPU of each pipeline rank: what `hf_dflop.cost.memory`
-says of parameters, gradients, optimizer state and of a microbatch's activations, the latter for as many microbatches as
-the order has in flight, the largest ones of a replica.
+In: a plan, its microbatches, its order. Out: bytes of the fullest GPU of each pipeline rank: what
+`hf_dflop.cost.memory` says of parameters, gradients, optimizer state and of a microbatch's activations, the latter
+for as many microbatches as the order has in flight, the largest ones of a replica.
 
-Assumptions: attention keeps no scores (SDPA, flash attention); in-flight microbatches are the largest ones at once, which
-is safe and seldom exact.
+Assumptions: attention keeps no scores (SDPA, flash attention); in-flight microbatches are the largest ones at once,
+which is safe and seldom exact.
 """
 
 from dataclasses import dataclass, field, replace
@@ -56,7 +56,9 @@ class MemoryRule:
         """Bytes that the optimizer reads and writes on the rank that holds most."""
         settings = self.settings_of(plan)
         held = [_memory(spec, layers, settings, *tp) for layers, *tp in _rank_layers(plan)]
-        return max(2 * memory.optimizer_bytes + 2 * memory.parameters_bytes + memory.gradients_bytes for memory in held)
+        return max(
+            2 * memory.optimizer_bytes + 2 * memory.parameters_bytes + memory.gradients_bytes for memory in held
+        )
 
 
 @lru_cache(maxsize=65536)

@@ -1,11 +1,11 @@
 """The planner: the best layout of a model on a cluster, for this data.
 
-In: a model's config, the shapes of a dataset, a cluster, a global batch size. Out: a `Planning`: the winner as a `Plan`,
-the best of the other kinds, why the rest was ruled out, in numbers and in words (`explain`).
+In: a model's config, the shapes of a dataset, a cluster, a global batch size. Out: a `Planning`: the winner as a
+`Plan`, the best of the other kinds, why the rest was ruled out, in numbers and in words (`explain`).
 
-The score is the expected seconds of a step: the mean over a few global batches drawn from the dataset, the same ones for
-every plan, each composed by the sampler's code and played by the simulator. The winner and its rivals are then played on
-more batches, for the mean, its interval and the 95th percentile.
+The score is the expected seconds of a step: the mean over a few global batches drawn from the dataset, the same ones
+for every plan, each composed by the sampler's code and played by the simulator. The winner and its rivals are then
+played on more batches, for the mean, its interval and the 95th percentile.
 """
 
 from collections.abc import Callable, Sequence
@@ -120,8 +120,8 @@ def make_plan(
         balance (`bool`): microbatches are composed by cost; `False`: as the stock sampler deals them.
         padded (`bool`): rows are padded, not packed.
         schedules (`Sequence[str]`): those to try.
-        memory ([`MemoryRule`], *optional*): formats, optimizer and margin; by default bf16 with fp32 master weights and
-            AdamW, and 8 % + 1.5 GiB left free.
+        memory ([`MemoryRule`], *optional*): formats, optimizer and margin; by default bf16 with fp32 master weights
+            and AdamW, and 8 % + 1.5 GiB left free.
         num_batches (`int`, *optional*): global batches that plans are compared on; by default 3, fewer of large ones.
         every_kind (`bool`): look for the best of each kind too, where it is within a quarter of the winner.
         seed (`int`): of the batches.
@@ -225,8 +225,8 @@ def nothing_fits(result: SearchResult, scorer: Scorer, found: Sequence[Any], rul
         room = float(scorer.room(plan).min()) / 2**30
         text += (
             f" The nearest needs {need * room:.1f} GiB of {room:.1f} GiB: {describe_layout(plan)}. "
-            f"{int(np.ceil(need * scorer.cluster.num_gpus))} or more GPUs, GPUs with more memory, a frozen module, or a "
-            "smaller optimizer would help."
+            f"{int(np.ceil(need * scorer.cluster.num_gpus))} or more GPUs, GPUs with more memory, a frozen module, or "
+            "a smaller optimizer would help."
         )
     if rules.texts:
         text += f" Without the constraints {', '.join(rules.texts)} there may be more to choose from."
@@ -247,5 +247,3 @@ def describe_layout(plan: Plan) -> str:
         return f"{kind}{shards}, tp={plan.llm.tp} dp={plan.llm.dp}, {plan.num_microbatches} microbatches{tail}"
     schedule = f"{plan.schedule}, {plan.num_microbatches} microbatches"
     return f"{plan.placement}: {module('vision', plan.vision)} | {module('LLM', plan.llm)}, {schedule}"
-
-

@@ -3,9 +3,9 @@
 In: a `Scorer`, layouts, constraints. Out: the plan of least expected seconds of each kind (DDP, FSDP, HSDP, colocated,
 disjoint) and so of all, what was rejected and why.
 
-Layouts are taken in the order of their bounds. A layout whose bound is not below the best score so far ends the search of
-its kind: all later ones have higher bounds. A plan is scored batch by batch, and given up when its score so far and the
-bounds of the other batches cannot be below the best. So nothing that could win is left out.
+Layouts are taken in the order of their bounds. A layout whose bound is not below the best score so far ends the
+search of its kind: all later ones have higher bounds. A plan is scored batch by batch, and given up when its score
+so far and the bounds of the other batches cannot be below the best. So nothing that could win is left out.
 """
 
 from collections import Counter
@@ -163,9 +163,7 @@ def _bounds(scorer: Scorer, of_kind: Sequence[Layout], schedules: Sequence[str])
     """`(num_layouts, num_batches)`, over the schedules; without recomputation, which only adds."""
     chunks = {2 if schedule == "interleaved" else 1 for schedule in schedules}
     tables = [
-        layout_bounds(
-            scorer.workload, scorer.cluster, of_kind, Variant(num_chunks=num), wire_bytes=scorer.wire_bytes
-        )
+        layout_bounds(scorer.workload, scorer.cluster, of_kind, Variant(num_chunks=num), wire_bytes=scorer.wire_bytes)
         for num in sorted(chunks | {1})
     ]
     return np.min(tables, axis=0)

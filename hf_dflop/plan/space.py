@@ -1,7 +1,7 @@
 """All the ways to lay a model out on a cluster that the planner chooses from.
 
-In: a `ModelSpec` and a `Cluster`. Out: `Layout`s: degrees of the two modules on all GPUs of the cluster; what a plan adds
-(microbatches, schedule, recomputation) comes later, for the layouts that are worth it.
+In: a `ModelSpec` and a `Cluster`. Out: `Layout`s: degrees of the two modules on all GPUs of the cluster; what a plan
+adds (microbatches, schedule, recomputation) comes later, for the layouts that are worth it.
 
     replicated   every rank has the whole model (DDP), or a shard of it (FSDP over all, HSDP over a node)
     colocated    the encoder on the ranks of the LLM's first stage, pipeline of 2 and more

@@ -16,8 +16,8 @@ def split_layers(
 ) -> tuple[int, ...]:
     """Layers of each stage.
 
-    Layers go one by one to the stage with the least work (of equals, to the later one, which holds fewer microbatches),
-    which is optimal for equal layers: any other split has a stage with as much.
+    Layers go one by one to the stage with the least work (of equals, to the later one, which holds fewer
+    microbatches), which is optimal for equal layers: any other split has a stage with as much.
 
     Args:
         num_layers (`int`): layers in all.

@@ -1,7 +1,7 @@
 """The global batches that plans are compared on, and what of them does not depend on the layout.
 
-In: shapes of a dataset, a global batch size, a cost model. Out: a `Workload`: the same few batches for every plan (common
-random numbers), drawn with replacement, with the seconds of their samples under each way to train.
+In: shapes of a dataset, a global batch size, a cost model. Out: a `Workload`: the same few batches for every plan
+(common random numbers), drawn with replacement, with the seconds of their samples under each way to train.
 """
 
 from functools import lru_cache

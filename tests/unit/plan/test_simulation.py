@@ -75,11 +75,20 @@ def test_a_wrong_cost_model_is_corrected(tmp_path: Path) -> None:
     errors = {kind.kind: kind for kind in found.kinds}
     assert errors["step"].error > 0.15
     assert errors["step"].error_after < 0.03
+    assert found.helps
     fit = found.calibration
     assert fit.factors["vision forward"] == pytest.approx(2, rel=0.15)
     assert fit.factors["llm forward"] == pytest.approx(0.7, rel=0.15)
     corrected = compare_run(plan, steps, data, example.cost(), calibration=fit)
     assert next(k for k in corrected.kinds if k.kind == "step").error < 0.03
+    perfect = compare_run(
+        plan,
+        steps[:1],
+        data,
+        example.cost(),
+        calibration=compare_run(plan, steps[:1], data, example.cost()).calibration,
+    )
+    assert not perfect.helps, "nothing is left to gain"
     path = tmp_path / "calibration.json"
     fit.save(path)
     assert Calibration.load(path) == fit
