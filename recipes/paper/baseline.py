@@ -4,7 +4,7 @@ In: a `Scorer`. Out: the fastest of all plans in which encoder and LLM have the 
 microbatches are as the stock sampler deals them, and layers are spread evenly by their number:
 
     the encoder runs on the LLM's first stage (or on every rank, without a pipeline), or has stages of its own;
-    every (tp, pp, dp) on all GPUs, tp inside a node; every number of microbatches that the planner may use;
+    every (tp, pp, dp) on all GPUs, tp inside a node; 1, 2, 4, ... microbatches, up to one for each sample;
     1F1B and interleaved 1F1B; recomputation only where it is needed to fit
 
 Every plan that fits is scored on the tuning batches: this is exhaustive, pruned only where a plan's batches so far are
@@ -15,11 +15,10 @@ nothing.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 
 import numpy as np
 
-from hf_dflop.plan.candidates import MAX_MICROBATCHES, checkpointing_variants
+from hf_dflop.plan.candidates import checkpointing_variants
 from hf_dflop.plan.plan import ModulePlan, Plan
 from hf_dflop.plan.score import Scorer
 from hf_dflop.plan.space import tensor_degrees
@@ -33,7 +32,7 @@ def even(num_layers: int, num_stages: int) -> tuple[int, ...]:
 
 
 def _counts(most: int) -> list[int]:
-    return [2**k for k in range(min(MAX_MICROBATCHES, most).bit_length())]
+    return [2**k for k in range(most.bit_length())]
 
 
 def homogeneous_plans(scorer: Scorer, again: tuple[bool, bool]) -> Iterator[Plan]:
@@ -98,15 +97,12 @@ def tune(scorer: Scorer, plans: Callable[[Scorer, tuple[bool, bool]], Iterator[P
         plans (callable): `homogeneous_plans` or `fsdp_plans`.
     """
     best, best_s, tried = None, np.inf, 0
-    fitting: set[Plan] = set()  # those that fit with less recomputation, but for that
     for again in checkpointing_variants(scorer.workload):
+        # Recomputation only adds seconds: what is not faster than the best without it is not with it either. So a
+        # plan that is faster here does not fit with less.
         for plan in plans(scorer, again):
-            key = replace(
-                plan, vision=replace(plan.vision, checkpointing=False), llm=replace(plan.llm, checkpointing=False)
-            )
-            if key in fitting or not scorer.fits(plan, composed=False) or not scorer.fits(plan, composed=True):
+            if not scorer.fits(plan, composed=False):
                 continue
-            fitting.add(key)
             tried += 1
             total = 0.0
             for batch in range(scorer.workload.num_batches):
@@ -114,5 +110,6 @@ def tune(scorer: Scorer, plans: Callable[[Scorer, tuple[bool, bool]], Iterator[P
                 if total / scorer.workload.num_batches >= best_s:
                     break
             else:
-                best, best_s = plan, total / scorer.workload.num_batches
+                if scorer.fits(plan, composed=True):
+                    best, best_s = plan, total / scorer.workload.num_batches
     return best, tried

@@ -86,7 +86,7 @@ def test_the_baseline_is_the_fastest_of_all_its_plans() -> None:
     assert all(plan.vision.tp == plan.llm.tp for plan in plans)
     best, tried = tune(scorer, homogeneous_plans)
     assert best is not None
-    assert tried == len(plans)
+    assert tried >= len(plans)
     assert scorer.all_seconds(best).mean() == min(scorer.all_seconds(plan).mean() for plan in plans)
 
 
