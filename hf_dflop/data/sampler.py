@@ -70,7 +70,7 @@ class StepPlan:
     assignment: Assignment
     indices: npt.NDArray[np.int64]
     """`(num_samples,)` dataset index of each position of the assignment."""
-    stock: list[Microbatches]
+    stock: Sequence[Microbatches]
     """Dataset indices of the stock grouping: rank → slot → indices."""
     balanced: bool
     """Whether the assignment is what runs; `False` keeps the stock grouping."""
@@ -339,7 +339,7 @@ class BalancedBatchSampler:
         """Compile what planning needs, before the first step."""
         warm_up(objective=self.objective, padded=self._padded)
 
-    def plan(self, stock: list[Microbatches], epoch: int, step: int) -> StepPlan:
+    def plan(self, stock: Sequence[Microbatches], epoch: int, step: int) -> StepPlan:
         """Group the samples of one step; `stock` has, for each rank, its stock microbatches."""
         begin = time.perf_counter()
         indices = np.array([index for slots in stock for group in slots for index in group], dtype=np.int64)

@@ -144,7 +144,7 @@ class SlotSampler(BatchSampler):
     def __len__(self) -> int:
         return self._sharding.length
 
-    def __iter__(self) -> Iterator[list[Slot]]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[list[Slot]]:
         epoch = self._epoch
         self._sharding.set_epoch(epoch)
         ranks = self._sharding.epoch_groups()

@@ -231,7 +231,7 @@ class PipelineTrainerMixin:
         dist.all_reduce(total)
         loss_sum, samples = total.tolist()
         metrics = {f"{prefix}_loss": loss_sum / max(samples, 1)}
-        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=int(samples))  # type: ignore[arg-type]
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=int(samples))
 
     def _add_losses(self, slots: list[StepBatch], total: torch.Tensor) -> None:
         batch = join_slots(slots, label_tokens=1)

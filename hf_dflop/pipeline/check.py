@@ -103,6 +103,7 @@ def _small_copy(model_class: Any, config: Any, tied: bool) -> tuple[Any, dict[in
     text.vocab_size = _VOCABULARY
     if "flash" in (small._attn_implementation or ""):
         small._attn_implementation = "sdpa"  # on the CPU; the masks mean the same
+    small._experts_implementation = "eager"  # grouped kernels know no float64
     with torch.device("meta"):
         whole = model_class(small).double()
     structure = read_structure(whole)

@@ -47,7 +47,7 @@ def _config(family: str) -> Any:
 
     processor = collator(family).processor
     if family == "llava_next":
-        like = families.config_of("llava", processor)
+        like = families.config_of("llava", collator("llava").processor)
         return tf.LlavaNextConfig(
             vision_config=like.vision_config.to_dict(),
             text_config=like.text_config.to_dict(),
@@ -85,6 +85,7 @@ def _master(family: str, dtype: torch.dtype, layers: int, tied: bool, deepstack:
     if deepstack:
         config.vision_config.deepstack_visual_indexes = list(range(deepstack))
     config.tie_word_embeddings = text.tie_word_embeddings = tied
+    config._experts_implementation = "eager"  # the grouped kernel knows no float64
     torch.manual_seed(0)
     built = tf.AutoModelForImageTextToText.from_config(config, attn_implementation="sdpa").to(dtype)
     generator = torch.Generator().manual_seed(1)

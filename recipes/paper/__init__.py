@@ -1,0 +1,1 @@
+"""The settings of the DFLOP paper, planned and simulated: `python -m recipes.paper`."""
