@@ -69,8 +69,9 @@ def stock_sharding(loader: DataLoader, replicas: int, accelerator: Any, *, even:
 class _PlannedCosts:
     """A cost model whose encoder and LLM seconds are those of one stage of a plan."""
 
-    def __init__(self, cost_model: CostModel, plan: Plan) -> None:
-        self._model = cost_model
+    def __init__(self, cost_model: CostModel, plan: Plan, shapes: Shapes) -> None:
+        self._model, self._shapes = cost_model, shapes
+        self.rates = cost_model.rates
         self.per_microbatch_s = cost_model.per_microbatch_s
         self._own = plan.placement == "disjoint"
         # An LLM stage has its largest share of the layers; the encoder serves llm.dp ÷ vision.dp replicas.
@@ -86,12 +87,21 @@ class _PlannedCosts:
         seconds = self._model.llm_s(shapes)
         return seconds if self._own else seconds + self._model.vision_s(shapes)
 
+    def vision_work(self, shapes: Shapes) -> Any:
+        """See `CostModel.vision_work`; all in the first column."""
+        return np.outer(self.vision_s(shapes) * self.rates.vision_linear, [1.0, 0.0])
+
+    def llm_work(self, tokens: Any) -> Any:
+        """See `CostModel.llm_work`; for the samples of the dataset alone, whose images may count too."""
+        assert np.array_equal(tokens, self._shapes.llm_tokens)
+        return np.outer(self.llm_s(self._shapes) * self.rates.llm_linear, [1.0, 0.0])
+
 
 def make_balancer(
     shapes: Shapes, sharding: StockSharding, plan: Plan, cost_model: CostModel, *, slots: int, padded: bool, seed: int
 ) -> BalancedBatchSampler:
     """Composes the microbatches of a step for the pipeline."""
-    costs: Any = _PlannedCosts(cost_model, plan)
+    costs: Any = _PlannedCosts(cost_model, plan, shapes)
     return BalancedBatchSampler(
         sharding.epoch_groups,
         shapes,

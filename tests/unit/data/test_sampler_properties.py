@@ -144,7 +144,7 @@ def test_states_that_are_refused() -> None:
         build(shapes, 2, 3, 4, window_steps=0)
 
 
-def test_pairing_giants_keeps_the_epoch_and_the_sizes() -> None:
+def test_windows_keep_the_epoch_and_the_sizes() -> None:
     shapes = shapes_of(24 * 6, seed=5)
     shapes.text_tokens[[2, 60, 100]] = 6000  # three giants, which alone are longer than the rest of their steps
     whole = {
@@ -154,14 +154,8 @@ def test_pairing_giants_keeps_the_epoch_and_the_sizes() -> None:
     for window in (3, 4):
         paired = steps_of(whole[window], 2)
         assert [len(step) for step in paired] == [24] * 6
-        assert paired != stock
         for begin in range(0, 6, window):  # no sample leaves its window
             assert sorted(chain(*paired[begin : begin + window])) == sorted(chain(*stock[begin : begin + window]))
-    sampler = build(shapes, 4, 2, 3, window_steps=3)
-    list(sampler)
-    assert sum(sampler.plan_of(0, k).assignment.predicted_s for k in range(6)) < 0.9 * sum(
-        _plan_s(shapes, step) for step in range(6)
-    )
 
 
 def _plan_s(shapes: Shapes, step: int) -> float:

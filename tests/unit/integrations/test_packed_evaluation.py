@@ -31,8 +31,7 @@ def test_an_evaluation_gets_a_row_per_sample_before_during_and_after_training() 
     )  # fmt: skip
     assert set(collator.rows) == {1}
     before = len(collator.rows)
-    predictions = trainer.predict(dataset)
-    assert len(predictions.label_ids) == 16
+    trainer.predict(dataset)
     assert len(collator.rows) == before
     trainer.args.max_steps = 4
     trainer.train()
