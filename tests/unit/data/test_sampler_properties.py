@@ -144,9 +144,11 @@ def test_states_that_are_refused() -> None:
         build(shapes, 2, 3, 4, window_steps=0)
 
 
-def test_windows_keep_the_epoch_and_the_sizes() -> None:
+def test_windows_bring_giants_together_and_keep_the_epoch_and_the_sizes() -> None:
     shapes = shapes_of(24 * 6, seed=5)
-    shapes.text_tokens[[2, 60, 100]] = 6000  # three giants, which alone are longer than the rest of their steps
+    before = steps_of([list(build(shapes, 4, 2, 3, rank)) for rank in range(4)], 2)
+    giants = {before[step][0] for step in range(3)}  # one in each step of the first window
+    shapes.text_tokens[sorted(giants)] = 60_000
     whole = {
         window: [list(build(shapes, 4, 2, 3, rank, window_steps=window)) for rank in range(4)] for window in (1, 3, 4)
     }
@@ -154,6 +156,7 @@ def test_windows_keep_the_epoch_and_the_sizes() -> None:
     for window in (3, 4):
         paired = steps_of(whole[window], 2)
         assert [len(step) for step in paired] == [24] * 6
+        assert sum(bool(giants & set(step)) for step in paired) == 1
         for begin in range(0, 6, window):  # no sample leaves its window
             assert sorted(chain(*paired[begin : begin + window])) == sorted(chain(*stock[begin : begin + window]))
 
