@@ -41,7 +41,7 @@ class DemoSettings:
     """Seconds that all runs together may take."""
     num_rounds: int = 3
     num_calibration: int = 16
-    num_eval_samples: int = 24
+    num_eval_samples: int = 12
     learning_rate: float = 1e-3
 
     @property
