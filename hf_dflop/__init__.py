@@ -33,6 +33,7 @@ _EXPORTS = {
     "PackedCollator": "hf_dflop.data",
     "Plan": "hf_dflop.plan.plan",
     "PipelineModel": "hf_dflop.pipeline",
+    "PipelineTrace": "hf_dflop.pipeline",
     "Shapes": "hf_dflop.shapes",
     "VisionLanguageCollator": "hf_dflop.data",
     "check_packing": "hf_dflop.data",
@@ -50,7 +51,7 @@ if TYPE_CHECKING:
     from hf_dflop.data import BalancedStream, PackedCollator, VisionLanguageCollator, check_packing
     from hf_dflop.errors import DflopError
     from hf_dflop.integrations import DflopCallback, DflopTrainer
-    from hf_dflop.pipeline import PipelineModel
+    from hf_dflop.pipeline import PipelineModel, PipelineTrace
     from hf_dflop.plan.cluster import Cluster
     from hf_dflop.plan.make_plan import make_plan
     from hf_dflop.plan.network import Network

@@ -10,7 +10,7 @@ Assumptions: rows are read by index; the same arguments on every rank give the s
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -206,7 +206,8 @@ class SlotRows(Dataset):
             partial(self._collate, slot, self._collate_text),
             partial(self._collate, slot, self._collate_vision),
         )
-        return build_batch(shape, self._topology, self._rank, text, vision)
+        batch = build_batch(shape, self._topology, self._rank, text, vision)
+        return replace(batch, samples=(tuple(tuple(map(int, samples)) for samples in slot.samples),))
 
     def _shape(self, samples: Sequence[int]) -> MicrobatchShape:
         picked = list(samples)
@@ -265,4 +266,5 @@ def join_slots(slots: Sequence[StepBatch], *, label_tokens: int | None = None) -
         shape=StepShape(microbatches=microbatches, label_tokens=tokens),
         text=tuple(text for slot in slots for text in slot.text),
         vision=tuple(vision for slot in slots for vision in slot.vision),
+        samples=tuple(microbatch for slot in slots for microbatch in slot.samples),
     )

@@ -41,6 +41,7 @@ from hf_dflop.integrations.pipeline_data import (
     slot_loader,
     stock_sharding,
 )
+from hf_dflop.integrations.pipeline_trace import TraceSteps
 from hf_dflop.pipeline import PipelineModel, StepBatch
 from hf_dflop.pipeline.loss import count_label_tokens
 from hf_dflop.shapes import Shapes
@@ -73,6 +74,7 @@ class PipelineTrainerMixin:
         *positional: Any,
         cost_model: CostModel | None = None,
         seed: int = 0,
+        trace_dir: str | os.PathLike[str] | None = None,
         **kwargs: Any,
     ) -> None:
         refused = (
@@ -97,6 +99,9 @@ class PipelineTrainerMixin:
         model._is_accelerate_prepared = True  # accelerate then leaves it as it is: no DDP, no autocast around it
         super().__init__(model=model, args=args, data_collator=data_collator, **kwargs)  # type: ignore[call-arg]
         self.model_accepts_loss_kwargs = True
+        self._tracing = None if trace_dir is None else TraceSteps(model, trace_dir)
+        if self._tracing is not None:
+            self.callback_handler.add_callback(self._tracing)
 
     # Placement: the pipeline has put itself where it runs ------------------------------------------------------
 
@@ -182,6 +187,8 @@ class PipelineTrainerMixin:
         if len(self._slots) < self.pipe.plan.num_microbatches and self._slots_left:
             return torch.zeros((), device=self.args.device)
         batch, self._slots = join_slots(self._slots), []
+        if self._tracing is not None:
+            self._tracing.see(batch)
         self.pipe.train()
         result = self.pipe.step(batch, sync=not self._slots_left)
         return torch.tensor(result.loss, device=self.args.device)
@@ -349,6 +356,9 @@ class DflopTrainer(PipelineTrainerMixin, Trainer):
         train_dataset, eval_dataset (`datasets.Dataset`): annotated by [`profile_dataset`].
         cost_model ([`CostModel`], *optional*): shapes → seconds; by default FLOPs.
         seed (`int`, defaults to 0): seeds the search for microbatches.
+        trace_dir (`str` or `Path`, *optional*):
+            Folder for `trace-rank*.jsonl`: when each rank ran each action of each step and what it waited for, which
+            `hf-dflop simulate --against` compares with its simulation.
         kwargs: other arguments of `Trainer`.
 
     Raises:

@@ -13,11 +13,12 @@ Assumptions: gradients meet once per step (DDP with accumulation). Where paramet
 every layer, busy and waiting cannot be told apart in this way, and `sync_s` is NaN.
 """
 
-import time
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+
+from hf_dflop.clock import DeviceClock
 
 __all__ = ["StepTimer", "StepTiming"]
 
@@ -53,32 +54,6 @@ class StepTiming:
         return self.end_s - self.begin_s + self.data_s
 
 
-class _Clock:
-    """Moments on the device's time line, read without stopping it."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
-        self._offset_s = time.time() - time.perf_counter()
-        if self._cuda:
-            torch.cuda.synchronize(device)
-            self._zero = torch.cuda.Event(enable_timing=True)
-            self._zero.record()
-            self._zero_s = time.time()
-
-    def now(self) -> Any:
-        if not self._cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def seconds(self, moment: Any) -> float:
-        if not self._cuda:
-            return moment + self._offset_s
-        moment.synchronize()
-        return self._zero_s + self._zero.elapsed_time(moment) / 1e3
-
-
 class StepTimer:
     """Collects a `StepTiming` per optimizer step from the events of a `TrainerCallback`.
 
@@ -88,7 +63,7 @@ class StepTimer:
     """
 
     def __init__(self, model: torch.nn.Module, device: torch.device) -> None:
-        self._clock = _Clock(device)
+        self._clock = DeviceClock(device)
         self._armed = False
         self._last_gradient: Any = None
         self._previous_end: Any = None

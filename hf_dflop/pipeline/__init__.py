@@ -10,11 +10,22 @@ stage        a stage on torch.distributed.pipelining; schedule: its runtime
 features, handshake   the format of image features
 grads, loss  sums over replicas, tied weights, the true norm
 checkpoint   one stock checkpoint out
+recorder, trace   what each rank really did, and when
 """
 
 from hf_dflop.pipeline.batch import StepBatch, build_batch
 from hf_dflop.pipeline.model import PipelineModel, StepResult
 from hf_dflop.pipeline.shape import MicrobatchShape, StepShape
 from hf_dflop.pipeline.topology import Topology
+from hf_dflop.pipeline.trace import PipelineTrace
 
-__all__ = ["MicrobatchShape", "PipelineModel", "StepBatch", "StepResult", "StepShape", "Topology", "build_batch"]
+__all__ = [
+    "MicrobatchShape",
+    "PipelineModel",
+    "PipelineTrace",
+    "StepBatch",
+    "StepResult",
+    "StepShape",
+    "Topology",
+    "build_batch",
+]

@@ -29,6 +29,8 @@ class StepBatch:
     """Text inputs of this rank's LLM replica (`input_ids`, ..., `labels`); empty on encoder ranks."""
     vision: tuple[Mapping[str, Any] | None, ...] = ()
     """Inputs of `get_image_features` of this rank's encoder replica; empty on LLM ranks."""
+    samples: tuple[tuple[tuple[int, ...], ...], ...] = ()
+    """Dataset indices: microbatch -> LLM replica -> its samples. For the trace alone; empty where not known."""
 
 
 def build_batch(

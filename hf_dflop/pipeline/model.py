@@ -9,6 +9,7 @@ same weights on all ranks (checked where ranks hold the same layers).
 """
 
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -27,13 +28,15 @@ from hf_dflop.pipeline.grads import clip_gradients, same_everywhere, squared_nor
 from hf_dflop.pipeline.groups import new_group
 from hf_dflop.pipeline.handshake import agree_on_format, agree_on_stages
 from hf_dflop.pipeline.loss import count_label_tokens, sum_losses
-from hf_dflop.pipeline.schedule import fits_plan, make_runtime
+from hf_dflop.pipeline.recorder import StepRecorder
+from hf_dflop.pipeline.schedule import fits_plan, make_runtime, note_receives
 from hf_dflop.pipeline.setup import checkpoint_layers, freeze, is_reentrant
 from hf_dflop.pipeline.shell import drop
 from hf_dflop.pipeline.split import build_part, check_layers, foreign_names, owner_stage
-from hf_dflop.pipeline.stage import RaggedStage, StageStep, Wire
+from hf_dflop.pipeline.stage import RaggedStage, StageStep
 from hf_dflop.pipeline.structure import read_structure
 from hf_dflop.pipeline.topology import VISION_STAGE, Topology
+from hf_dflop.pipeline.wire import Wire
 from hf_dflop.plan.actions import Kind, Order
 from hf_dflop.plan.orders import make_order
 from hf_dflop.plan.plan import Plan
@@ -107,6 +110,7 @@ class PipelineModel(nn.Module):
         self._earlier: dict[nn.Parameter, torch.Tensor] = {}
         self._check = check
         self._checked: set[bool] = set()
+        self._recorder: StepRecorder | None = None
         trainable = self._trainable(model)
         parts = {stage: build_part(model, self.structure, plan, stage) for stage in self.place.stages}
         drop(model, *foreign_names(self.structure, plan, self.place.stages))
@@ -230,6 +234,7 @@ class PipelineModel(nn.Module):
             if len(self._runtimes) >= 8:
                 self._runtimes.clear()
             self._runtimes[key] = (make_runtime(self._stages, order, num_microbatches), order)
+            note_receives(self._runtimes[key][0], self._recorder)
         return self._runtimes[key][0]
 
     # A step -------------------------------------------------------------------------------------------------------
@@ -260,6 +265,8 @@ class PipelineModel(nn.Module):
             ShapeMismatchError: tensors are not of the shapes that were announced.
         """
         shape = batch.shape
+        if self._recorder is not None and backward:
+            self._recorder.begin_call(shape.num_microbatches)
         routes = route_step(shape, self.topology.replicas(VISION_STAGE), colocated=not self.topology.disjoint)
         runtime = self._runtime(order or self.order_for(shape.num_microbatches), shape.num_microbatches)
         self._agree(batch, routes)
@@ -296,9 +303,19 @@ class PipelineModel(nn.Module):
         if last is not None:
             tokens = sum(count_label_tokens(t["labels"]) for t in batch.text if t is not None and "labels" in t)
         loss, counted = sum_losses(last.losses.values() if last else (), tokens, self.wire.device)
+        if self._recorder is not None:
+            self._recorder.met()
         return StepResult(
             loss=loss, label_tokens=counted, logits=last.logits if last else {}, losses=last.losses if last else {}
         )
+
+    def record(self, recorder: StepRecorder | None) -> None:
+        """Tell `recorder` what the steps from now on do and when; `None` ends it. See [`PipelineTrace`]."""
+        self._recorder = recorder
+        for runtime, _ in self._runtimes.values():
+            note_receives(runtime, recorder)
+        for stage in self._stages:
+            stage.recorder = recorder
 
     def _agree(self, batch: StepBatch, routes: tuple[Route, ...]) -> None:
         """At the first step, and at the first with images: the format of features; are the stages exact."""
@@ -319,10 +336,11 @@ class PipelineModel(nn.Module):
 
     def sum_gradients(self) -> None:
         """Sum gradients over replicas and over the copies of tied embeddings; `step` calls it."""
-        if self._column_group is not None:
-            sum_gradients(list(self.parameters()), self._column_group)
-        if self._tie_group is not None:
-            sum_gradients([self._tied_weight()], self._tie_group)
+        with nullcontext() if self._recorder is None else self._recorder.summing():
+            if self._column_group is not None:
+                sum_gradients(list(self.parameters()), self._column_group)
+            if self._tie_group is not None:
+                sum_gradients([self._tied_weight()], self._tie_group)
         for parameter, grad in self._earlier.items():
             parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
         self._earlier = {}
@@ -340,12 +358,17 @@ class PipelineModel(nn.Module):
         """2-norm of the gradients of the whole model, on every rank."""
         squared = squared_norm(self.counted_parameters(), self.wire.device)
         dist.all_reduce(squared)
-        return squared.sqrt()
+        norm = squared.sqrt()
+        if self._recorder is not None:
+            self._recorder.met()
+        return norm
 
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
         """Scale the gradients so that the norm over the whole model is at most `max_norm`; returns the norm before."""
         norm = self.grad_norm()
         clip_gradients(self.parameters(), max_norm, norm)
+        if self._recorder is not None:
+            self._recorder.synced()
         return norm
 
     def gather_state_dict(self) -> dict[str, torch.Tensor]:

@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from torch.distributed.pipelining.schedules import _Action, _PipelineScheduleRuntime
 
 from hf_dflop.errors import PlanError
+from hf_dflop.pipeline.recorder import NotedReceives, StepRecorder
 from hf_dflop.pipeline.stage import RaggedStage
 from hf_dflop.plan.actions import Action, Kind, Order
 
-__all__ = ["fits_plan", "make_runtime"]
+__all__ = ["fits_plan", "make_runtime", "note_receives"]
 
 
 def fits_plan(order: Order, stage_columns: Sequence[int], num_microbatches: int) -> None:
@@ -44,6 +45,12 @@ def make_runtime(stages: list[RaggedStage], order: Order, num_microbatches: int)
     except AssertionError as error:
         raise PlanError(f"the order cannot be run: {str(error).splitlines()[0]}") from error
     return runtime
+
+
+def note_receives(runtime: _PipelineScheduleRuntime, recorder: StepRecorder | None) -> None:
+    """Tell `recorder` when the runtime begins to wait; between steps, when it waits for nothing."""
+    for name in ("fwd_recv_ops", "bwd_recv_ops"):
+        setattr(runtime, name, {} if recorder is None else NotedReceives(recorder))
 
 
 def _complete(order: Order) -> Order:

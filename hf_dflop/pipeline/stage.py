@@ -30,39 +30,16 @@ from torch.distributed.pipelining.stage import _PipelineStageBase
 from hf_dflop.errors import ShapeMismatchError
 from hf_dflop.pipeline.bridge import Piece, Route
 from hf_dflop.pipeline.features import FeatureFormat
+from hf_dflop.pipeline.recorder import StepRecorder
 from hf_dflop.pipeline.shape import MicrobatchShape, StepShape
 from hf_dflop.pipeline.split import LlmPart, VisionPart
 from hf_dflop.pipeline.topology import VISION_STAGE, Place, Topology
+from hf_dflop.pipeline.wire import Wire
+from hf_dflop.plan.actions import Kind
 
-__all__ = ["RaggedStage", "StageStep", "Wire"]
+__all__ = ["RaggedStage", "StageStep"]
 
 _MAX_PENDING_SENDS = 8
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Wire:
-    """How tensors travel."""
-
-    dtype: torch.dtype
-    device: torch.device
-    hidden_size: int
-    autocast: torch.dtype | None = None
-
-    def context(self) -> AbstractContextManager[Any]:
-        if self.autocast is None:
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=self.autocast)
-
-    def to_device(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        return {key: _to(value, self.device) for key, value in inputs.items()}
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.to(device, non_blocking=True)
-    if isinstance(value, Mapping):
-        return {key: _to(part, device) for key, part in value.items()}
-    return value
 
 
 @dataclass(kw_only=True, slots=True)
@@ -109,6 +86,7 @@ class RaggedStage(_PipelineStageBase):
         self.topology, self.replica, self.trainable, self.wire = topology, place.replica, trainable, wire
         self.is_vision = stage == VISION_STAGE
         self.step: StageStep
+        self.recorder: StepRecorder | None = None
         self._received: dict[int, torch.Tensor | None] = {}
         self._grads: dict[int, torch.Tensor | None] = {}  # of the outputs
         self._input_grads: dict[int, torch.Tensor | None] = {}
@@ -185,10 +163,12 @@ class RaggedStage(_PipelineStageBase):
 
     def _send(self, stage: int, microbatch: int, views: list[tuple[int, torch.Tensor]]) -> None:
         # Sent here, not by the runtime: that keeps every tensor that was sent until the step ends.
-        while len(self._pending) >= _MAX_PENDING_SENDS:
-            self._wait_oldest()
-        works = [(dist.isend(view, self.topology.rank(stage, replica)), view) for replica, view in views]
-        self._pending.append((microbatch, works))
+        kind = Kind.FORWARD if stage > self.stage_index else Kind.BACKWARD
+        with nullcontext() if self.recorder is None else self.recorder.send(self.stage_index, kind, microbatch):
+            while len(self._pending) >= _MAX_PENDING_SENDS:
+                self._wait_oldest()
+            works = [(dist.isend(view, self.topology.rank(stage, replica)), view) for replica, view in views]
+            self._pending.append((microbatch, works))
 
     def _wait_oldest(self) -> None:
         for work, _ in self._pending.popleft()[1]:
@@ -252,6 +232,13 @@ class RaggedStage(_PipelineStageBase):
         kwargs: dict[str, Any] | None = None,
         save_forward_output: bool = True,
     ) -> Any:
+        with self._recorded(Kind.FORWARD, fwd_chunk_id):
+            return self._forward(fwd_chunk_id)
+
+    def _recorded(self, kind: Kind, microbatch: int) -> AbstractContextManager[None]:
+        return nullcontext() if self.recorder is None else self.recorder.action(self.stage_index, kind, microbatch)
+
+    def _forward(self, fwd_chunk_id: int) -> Any:
         received = self._received.pop(fwd_chunk_id, None)
         if self._idle(fwd_chunk_id):
             self._saved[fwd_chunk_id] = (None, None)
@@ -321,6 +308,18 @@ class RaggedStage(_PipelineStageBase):
         output, received = self._saved.pop(bwd_chunk_id)
         grad = self._grads.pop(bwd_chunk_id, None)
         self._wait_sent(bwd_chunk_id)
+        with self._recorded(Kind.BACKWARD if full_backward else Kind.BACKWARD_INPUT, bwd_chunk_id):
+            self._backward(bwd_chunk_id, output, received, grad, full_backward=full_backward)
+
+    def _backward(
+        self,
+        bwd_chunk_id: int,
+        output: torch.Tensor | None,
+        received: torch.Tensor | None,
+        grad: torch.Tensor | None,
+        *,
+        full_backward: bool,
+    ) -> None:
         self._weights[bwd_chunk_id] = _nothing
         if output is None or not output.requires_grad or (grad is None and not self.is_last):
             return
@@ -348,7 +347,8 @@ class RaggedStage(_PipelineStageBase):
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
         if self.has_backward:
-            self._weights.pop(bwd_chunk_id)()
+            with self._recorded(Kind.BACKWARD_WEIGHT, bwd_chunk_id):
+                self._weights.pop(bwd_chunk_id)()
 
     def perform_reduce_grad(self, grad_scale_factor: int) -> None:
         """Replicas are summed after the step, see `grads`."""

@@ -238,7 +238,8 @@ def _predict(plan: Plan, cost: CostModel, shapes: Shapes, step: RecordedStep) ->
         slot_s=np.array(slots) if len(slots) == plan.llm.dp else np.zeros((0, plan.num_microbatches)),
         actions=tuple(actions),
         sync_s=min(rank.sync_end_s - _last(rank) for rank in step.ranks),
-        optimizer_s=float(np.mean([rank.end_s - rank.sync_end_s for rank in step.ranks])),
+        # ranks of a pipeline hold unlike shares of the model, and the largest decides
+        optimizer_s=float((np.max if actions else np.mean)([rank.end_s - rank.sync_end_s for rank in step.ranks])),
         data_s=float(np.mean([rank.data_s for rank in step.ranks])),
         step_s=step.step_s,
     )

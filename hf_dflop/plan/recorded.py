@@ -1,11 +1,16 @@
 """A recorded run, read without torch: when each rank did what in each step.
 
-In: the folder of `DflopCallback(trace_dir=...)` or of a pipeline run, `trace-rank*.jsonl`: one JSON object per step
-with `step`, `begin_s`, `data_s`, `slot_end_s`, `sync_end_s`, `end_s` (seconds since the epoch), and, where known,
-`samples` (dataset indices of each microbatch) and `actions` (`["2F0", start_s, end_s]`, of a pipeline).
+In: the folder of `DflopCallback(trace_dir=...)`, `DflopTrainer(trace_dir=...)` or `PipelineTrace`:
+`trace-rank*.jsonl`, one JSON object per step with `step`, `begin_s`, `data_s`, `slot_end_s`, `sync_end_s`, `end_s`
+(seconds since the epoch), and, where known, `samples` (dataset indices of each microbatch). Of a pipeline, further
+`actions` (`["2F0", start_s, end_s]`: computing alone), `waits` (the same, before an action: for its input), `sends`
+(handing over what the action made), `sum_s` (begin and end of summing gradients) and `meet_s` (all ranks left a
+collective). `trace_version` is 2 where a line may have the last four; lines without it are of version 1. A rank names
+its `host` in its first line.
 Out: `RecordedStep`s.
 
-Assumptions: all ranks leave gradient reduction together, which is how clocks of several machines are aligned.
+Assumptions: all ranks leave gradient reduction together, which is how clocks of several machines are aligned; ranks of
+one host have one clock.
 """
 
 import json
@@ -18,7 +23,12 @@ import numpy as np
 from hf_dflop.errors import DatasetError
 from hf_dflop.plan.actions import Action
 
-__all__ = ["RankStep", "RecordedStep", "read_trace", "recorded_steps"]
+__all__ = ["TRACE_VERSION", "RankStep", "RecordedStep", "read_trace", "recorded_steps"]
+
+TRACE_VERSION = 2
+
+Spans = tuple[tuple[Action, float, float], ...]
+"""Actions with begin and end."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,8 +45,16 @@ class RankStep:
     end_s: float
     samples: tuple[tuple[int, ...], ...]
     """Dataset indices of each microbatch; empty where they were not recorded."""
-    actions: tuple[tuple[Action, float, float], ...]
+    actions: Spans
     """What a pipeline's rank computed, with start and end."""
+    waits: Spans = ()
+    """Before an action: from when the rank was free until its input was there."""
+    sends: Spans = ()
+    """Handing over what an action made, as far as it kept the rank from other work."""
+    sum_s: tuple[float, float] | None = None
+    """Begin and end of summing gradients over replicas."""
+    meet_s: float = float("nan")
+    """All ranks left a collective together; NaN where only `sync_end_s` tells that."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,7 +98,10 @@ def recorded_steps(folder: str | Path, *, skip_steps: int = 1) -> list[RecordedS
     """
     try:
         # a resumed run repeats the steps after its checkpoint: the last record counts
-        ranks = [{int(record["step"]): record for record in records} for records in read_trace(folder)]
+        traces = read_trace(folder)
+        ranks = [{int(record["step"]): record for record in records} for records in traces]
+        hosts = {record["host"] for records in traces for record in records if "host" in record}
+        named = all(any("host" in record for record in records) for records in traces)
         steps = sorted(set.intersection(*(set(records) for records in ranks)))
         if not steps:
             counts = [len(records) for records in ranks]
@@ -91,15 +112,20 @@ def recorded_steps(folder: str | Path, *, skip_steps: int = 1) -> list[RecordedS
             for s in chosen
         ]
     except FileNotFoundError as error:
-        raise DatasetError(f"{error}; pass the folder of DflopCallback(trace_dir=...).") from error
+        raise DatasetError(f"{error}; pass the trace_dir of DflopCallback or DflopTrainer.") from error
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, DatasetError):
             raise
         raise DatasetError(f"the trace in {folder} is not readable ({error!r}); record it again.") from error
-    return _aligned(found)
+    return found if named and len(hosts) == 1 else _aligned(found)
 
 
 def _rank_step(rank: int, record: dict[str, Any]) -> RankStep:
+    if (version := int(record.get("trace_version", 1))) > TRACE_VERSION:
+        raise DatasetError(
+            f"the trace has version {version}; hf_dflop here reads up to {TRACE_VERSION}. Read it with a newer one."
+        )
+    summed = record.get("sum_s")
     return RankStep(
         rank=rank,
         begin_s=float(record["begin_s"]),
@@ -108,30 +134,47 @@ def _rank_step(rank: int, record: dict[str, Any]) -> RankStep:
         sync_end_s=float("nan") if record["sync_end_s"] is None else float(record["sync_end_s"]),
         end_s=float(record["end_s"]),
         samples=tuple(tuple(int(i) for i in group) for group in record.get("samples", ())),
-        actions=tuple((Action.parse(a), float(start), float(end)) for a, start, end in record.get("actions", ())),
+        actions=_spans(record, "actions"),
+        waits=_spans(record, "waits"),
+        sends=_spans(record, "sends"),
+        sum_s=None if summed is None else (float(summed[0]), float(summed[1])),
+        meet_s=float(record.get("meet_s", record["sync_end_s"] or "nan")),
+    )
+
+
+def _spans(record: dict[str, Any], name: str) -> Spans:
+    return tuple((Action.parse(a), float(start), float(end)) for a, start, end in record.get(name, ()))
+
+
+def _shifted(rank: RankStep, late_s: float) -> RankStep:
+    """The step on a clock that is `late_s` behind."""
+
+    def spans(given: Spans) -> Spans:
+        return tuple((action, start - late_s, end - late_s) for action, start, end in given)
+
+    return replace(
+        rank,
+        begin_s=rank.begin_s - late_s,
+        slot_end_s=tuple(end - late_s for end in rank.slot_end_s),
+        sync_end_s=rank.sync_end_s - late_s,
+        end_s=rank.end_s - late_s,
+        actions=spans(rank.actions),
+        waits=spans(rank.waits),
+        sends=spans(rank.sends),
+        sum_s=None if rank.sum_s is None else (rank.sum_s[0] - late_s, rank.sum_s[1] - late_s),
+        meet_s=rank.meet_s - late_s,
     )
 
 
 def _aligned(steps: list[RecordedStep]) -> list[RecordedStep]:
     """Clocks set by the moment at which all ranks leave gradient reduction; rank 0's stays."""
-    leaves = np.array([[rank.sync_end_s for rank in step.ranks] for step in steps])
+    leaves = np.array([[rank.meet_s for rank in step.ranks] for step in steps])
     if not np.isfinite(leaves).all():
         return steps
     late = np.median(leaves - leaves[:, :1], axis=0)
     return [
         RecordedStep(
-            step=step.step,
-            ranks=tuple(
-                replace(
-                    rank,
-                    begin_s=rank.begin_s - d,
-                    slot_end_s=tuple(end - d for end in rank.slot_end_s),
-                    sync_end_s=rank.sync_end_s - d,
-                    end_s=rank.end_s - d,
-                    actions=tuple((a, start - d, end - d) for a, start, end in rank.actions),
-                )
-                for rank, d in zip(step.ranks, late.tolist(), strict=True)
-            ),
+            step=step.step, ranks=tuple(_shifted(rank, d) for rank, d in zip(step.ranks, late.tolist(), strict=True))
         )
         for step in steps
     ]

@@ -306,6 +306,14 @@ def _reductions(plan: Plan, cost: CostModel, communication: Communication, wire_
             trained, members = trained / plan.fsdp_shards, members[:: plan.fsdp_shards]
         reduce_s[rank] = communication.all_reduce_s(trained, members)
         tail_s[rank] = min(reduce_s[rank], communication.all_reduce_s(min(trained, BUCKET_BYTES), members))
+    first, last = plan.vision.num_stages, len(ranks) - 1
+    llm = cost.spec.llm
+    if llm.tied_embeddings and ranks[first] != ranks[last] and "llm" not in plan.frozen:
+        # both copies of the embedding are summed at the step's end, when nothing hides it
+        copy_bytes = llm.vocab * llm.hidden * wire_bytes / plan.llm.tp
+        tied_s = communication.all_reduce_s(copy_bytes, [_rank(plan, stage, 0) for stage in (first, last)])
+        for held_s in (reduce_s, tail_s):
+            held_s[[ranks[first], ranks[last]]] += tied_s
     found: dict[str, Any] = {"reduce_s": reduce_s, "reduce_tail_s": tail_s}
     if plan.fsdp_shards > 1:
         found |= {"floor_forward_s": floors[0], "floor_backward_s": floors[1]}

@@ -32,8 +32,8 @@ class TraceEvent:
     name: str
     """An action such as `2F0`, or what else was done."""
     category: str
-    """"vision forward", "llm backward", ..., "microbatch" (forward and backward together), "data", "reduce",
-    "optimizer"."""
+    """"vision forward", "llm backward", ..., "microbatch" (forward and backward together), "wait" (for an action's
+    input), "send", "data", "reduce", "optimizer"."""
     step: int
     start_s: float
     """From the begin of the first step."""
@@ -105,6 +105,8 @@ def recorded_events(steps: Sequence[RecordedStep], plan: Plan | None = None) -> 
             for action, start, end in rank.actions:
                 category = action_category(plan, action.stage, action.kind) if plan else _VERBS[action.kind]
                 spans.append((str(action), category, start, end))
+            spans += [(f"wait for {action}", "wait", start, end) for action, start, end in rank.waits]
+            spans += [(f"send {action}", "send", start, end) for action, start, end in rank.sends]
             if not rank.actions:
                 edges = [rank.begin_s, *rank.slot_end_s]
                 spans += [
@@ -112,7 +114,10 @@ def recorded_events(steps: Sequence[RecordedStep], plan: Plan | None = None) -> 
                 ]
             after = max([rank.begin_s, *rank.slot_end_s, *(end for _, _, end in rank.actions)])
             if rank.sync_end_s == rank.sync_end_s:  # not NaN
+                summed = [("sum gradients", "reduce", *rank.sum_s)] if rank.sum_s is not None else []
+                after = max([after, *(end for _, _, _, end in summed)])
                 spans += [
+                    *summed,
                     ("reduce and wait", "reduce", after, rank.sync_end_s),
                     ("optimizer", "optimizer", rank.sync_end_s, rank.end_s),
                 ]

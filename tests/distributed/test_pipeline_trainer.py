@@ -33,3 +33,8 @@ def test_a_killed_rank_ends_all_and_the_newest_checkpoint_resumes_under_another_
     assert time.time() - (folder / "killed" / "died").stat().st_mtime <= 30, time.monotonic() - begin
     output = launch(SCRIPT, "revive", str(folder), "1,1,1", num_processes=2)
     assert "trainer: revived" in output
+
+
+def test_the_trace_tells_what_each_rank_ran(tmp_path: Path) -> None:
+    output = launch("tests.distributed.scripts.pipeline_trace", str(tmp_path), num_processes=2, timeout_s=120)
+    assert output.count("trace: whole") == 1

@@ -170,7 +170,7 @@ if __name__ == "__main__":
     Sleeper.is_real = len(sys.argv) > 2
     MEAN_S, STEPS = (float(sys.argv[1]), int(sys.argv[2])) if Sleeper.is_real else (0.1, 36)
     if not Sleeper.is_real:
-        timing._Clock = Clock  # type: ignore[assignment, misc]
+        timing.DeviceClock = Clock  # type: ignore[assignment, misc]
     check_resume(0.01)
     check_wrong_costs(MEAN_S, STEPS)
     check_slow_rank(MEAN_S, STEPS)

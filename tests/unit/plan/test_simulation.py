@@ -144,6 +144,46 @@ def test_runs_that_are_not_the_plans(tmp_path: Path) -> None:
         recorded_steps(tmp_path)
 
 
+def test_a_pipelines_waits_sends_and_sums(tmp_path: Path) -> None:
+    """Kept apart from actions, drawn one after the other, on clocks that are set by where the ranks met."""
+    for rank, late in enumerate((0.0, 50.0)):
+        line = {
+            "trace_version": 2,
+            "step": 0,
+            "begin_s": 1.0 + late,
+            "data_s": 0.5,
+            "slot_end_s": [],
+            "actions": [["1F0", 2.0 + late, 3.0 + late]],
+            "waits": [["1F0", 1.0 + late, 2.0 + late]],
+            "sends": [["1F0", 3.0 + late, 3.25 + late]],
+            "sum_s": [4.0 + late, 5.0 + late],
+            "meet_s": 6.0 + late,
+            "sync_end_s": 6.5 + late + rank,
+            "end_s": 8.0 + late,
+            "host": f"machine{rank}",
+            "samples": [[0]],
+        }
+        (tmp_path / f"trace-rank{rank:05d}.jsonl").write_text(json.dumps(line) + "\n")
+    (step,) = recorded_steps(tmp_path)
+    first, second = step.ranks
+    assert (second.waits, second.sends, second.sum_s) == (first.waits, first.sends, first.sum_s)
+    assert second.sync_end_s == pytest.approx(first.sync_end_s + 1)
+    events = [(e.name, e.category, e.start_s, e.duration_s) for e in recorded_events([step]) if e.rank == 0]
+    assert sorted(events, key=lambda event: event[2]) == [
+        ("data", "data", 0.0, 0.5),
+        ("wait for 1F0", "wait", 0.5, 1.0),
+        ("1F0", "forward", 1.5, 1.0),
+        ("send 1F0", "send", 2.5, 0.25),
+        ("sum gradients", "reduce", 3.5, 1.0),
+        ("reduce and wait", "reduce", 4.5, 1.5),
+        ("optimizer", "optimizer", 6.0, 1.5),
+    ]
+    newer = json.loads((tmp_path / "trace-rank00000.jsonl").read_text()) | {"trace_version": 3}
+    (tmp_path / "trace-rank00000.jsonl").write_text(json.dumps(newer) + "\n")
+    with pytest.raises(DatasetError, match="version 3; hf_dflop here reads up to 2"):
+        recorded_steps(tmp_path)
+
+
 def test_clocks_of_machines_are_aligned(tmp_path: Path) -> None:
     example.record_run(tmp_path, example.shapes(), vision=1, llm=1, microbatch_s=0, noise=0)
     for step in recorded_steps(tmp_path):
