@@ -4,7 +4,7 @@ import argparse
 import time
 from importlib import import_module
 
-RUNNABLE = ("balancing", "partition", "lengths", "scale")
+RUNNABLE = ("balancing", "partition", "lengths", "scale", "pipeline")
 
 
 def main() -> None:
@@ -26,7 +26,9 @@ def main() -> None:
             parser.error(f"unknown topic {', '.join(sorted(unknown))}; choose from {', '.join(RUNNABLE)}")
         for topic in given.topics or RUNNABLE:
             begin = time.monotonic()
-            import_module(f"recipes.benchmarks.{topic}.__main__").main([] if topic != "balancing" else ["--fresh"])
+            import_module(f"recipes.benchmarks.{topic}.__main__").main(
+                ["--fresh"] if topic in ("balancing", "pipeline") else []
+            )
             print(f"[bench] {topic}: {(time.monotonic() - begin) / 60:.1f} minutes", flush=True)
     from recipes.benchmarks.common.page import write_page
 

@@ -85,12 +85,15 @@ class DemoModelConfig:
             raise ValueError(f"max_tiles is {self.max_tiles}; it must be at least 1")
 
 
-def build_model(cache: Path | str, *, config: DemoModelConfig | None = None, **changes: Any) -> Path:
+def build_model(
+    cache: Path | str, *, config: DemoModelConfig | None = None, name: str = FOLDER, **changes: Any
+) -> Path:
     """Writes the checkpoint into `cache` unless it is there with the same parameters.
 
     Args:
         cache: The folder that [`~recipes.demo.fetch.fetch`] filled.
         config: What to keep; the defaults where None.
+        name: Of the checkpoint's folder in `cache`, so that another model stands beside the demo's.
         changes: Single fields of `config` instead, such as `vision_layers=4`.
 
     Returns:
@@ -101,13 +104,13 @@ def build_model(cache: Path | str, *, config: DemoModelConfig | None = None, **c
     if config is not None and changes:
         raise ValueError(f"config and {sorted(changes)} were both given; pass the fields in config")
     config = config or DemoModelConfig(**changes)
-    folder = Path(cache).resolve() / FOLDER
+    folder = Path(cache).resolve() / name
     stamp = {**asdict(config), "format": 2}
     if _read_json(folder / _STAMP) == stamp:
         return folder
     fetched = fetch(cache)
     print(f"[demo] building the model: {config.vision_layers} vision and {config.llm_layers} LLM layers", flush=True)
-    partial = folder.with_name(FOLDER + ".partial")
+    partial = folder.with_name(name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     processor = build_processor(fetched.llm_gguf, config)
     model = _assemble(fetched.vision_onnx, fetched.llm_gguf, processor, config)

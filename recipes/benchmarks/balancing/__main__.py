@@ -15,7 +15,7 @@ from typing import Any
 
 from recipes.benchmarks.balancing.model import ATTENTION, SIZES
 from recipes.benchmarks.balancing.settings import ARMS, MAX_TILES, MIXES, BalancingSettings
-from recipes.benchmarks.common.results import Row, make_result, save
+from recipes.benchmarks.common.results import Row, make_result, rounded, save
 from recipes.demo.__main__ import GLIBC_TUNABLES
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -96,7 +96,7 @@ def collect(folder: Path) -> Path:
             if {other["arm"] for other in runs if other["round"] == run["round"]} != arms:
                 continue  # a round that was interrupted
             slots = run.pop("slots")
-            rows.append({"kind": "run", "mix": mix, **_rounded(run)})
+            rows.append({"kind": "run", "mix": mix, **rounded(run)})
             if run["sampler"] in ("stock", "hf_dflop") and run["round"] == 0:
                 rows.append({"kind": "slots", "mix": mix, "arm": run["arm"], "predicted_measured_s": slots})
     if not rows:
@@ -104,17 +104,6 @@ def collect(folder: Path) -> Path:
     settings |= {"model": SIZES, "attention": ATTENTION, "max_tiles": MAX_TILES}
     command = f"python -m recipes.benchmarks.balancing --rounds {settings['num_rounds']}"
     return save(make_result("balancing", rows, command=command, settings=settings))
-
-
-def _rounded(value: Any) -> Any:
-    """Six significant digits: enough for any table, and a result that a person can read."""
-    if isinstance(value, float):
-        return float(f"{value:.6g}")
-    if isinstance(value, list):
-        return [_rounded(entry) for entry in value]
-    if isinstance(value, dict):
-        return {key: _rounded(entry) for key, entry in value.items()}
-    return value
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-__all__ = ["BENCHMARKS", "Result", "hardware", "latest", "make_result", "save", "versions"]
+__all__ = ["BENCHMARKS", "Result", "hardware", "latest", "make_result", "rounded", "save", "versions"]
 
 BENCHMARKS = Path(__file__).resolve().parents[1]
 SCHEMA_VERSION = 1
@@ -138,3 +138,14 @@ def latest(topic: str, benchmarks: Path = BENCHMARKS) -> Result | None:
     """The newest result of a topic, or None where it has not been run."""
     paths = sorted((benchmarks / topic / "results").glob("*.json"))
     return load(paths[-1]) if paths else None
+
+
+def rounded(value: Any) -> Any:
+    """Six significant digits: enough for any table, and a result that a person can read."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, list):
+        return [rounded(entry) for entry in value]
+    if isinstance(value, dict):
+        return {key: rounded(entry) for key, entry in value.items()}
+    return value
