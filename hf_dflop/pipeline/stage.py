@@ -12,6 +12,8 @@ What differs from torch's own stage:
 - An input that needs no gradient (text only, before anything trained) gets none. Where the backward is split, such a
   microbatch runs its whole backward in place of the weights' part: torch's split would lose the weights before the
   first input that requires a gradient.
+- A stage that uses one weight twice (tied embeddings in one stage) runs its whole backward in place of the input's
+  part: torch's split would go through the graph twice.
 
 Assumption: the runtime passes no loss; the last stage keeps its own.
 """
@@ -85,6 +87,8 @@ class RaggedStage(_PipelineStageBase):
         self.group_rank, self.group_size = place.column, topology.num_columns
         self.topology, self.replica, self.trainable, self.wire = topology, place.replica, trainable, wire
         self.is_vision = stage == VISION_STAGE
+        names = [id(parameter) for _, parameter in part.named_parameters(remove_duplicate=False)]
+        self._splits = len(names) == len(set(names))
         self.step: StageStep
         self.recorder: StepRecorder | None = None
         self._received: dict[int, torch.Tensor | None] = {}
@@ -323,8 +327,9 @@ class RaggedStage(_PipelineStageBase):
         self._weights[bwd_chunk_id] = _nothing
         if output is None or not output.requires_grad or (grad is None and not self.is_last):
             return
-        if full_backward:
-            self._weights.pop(bwd_chunk_id)
+        if full_backward or not self._splits:
+            if full_backward:
+                self._weights.pop(bwd_chunk_id)
             torch.autograd.backward(output, grad)
             self._keep_grad(bwd_chunk_id, received)
         elif not self._can_split(received):

@@ -27,6 +27,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=default.num_rounds, help="default: %(default)s")
     parser.add_argument("--engine-rounds", type=int, default=default.engine_rounds, help="default: %(default)s")
     parser.add_argument("--batches", type=int, default=default.num_batches, help="global batches; %(default)s")
+    parser.add_argument("--vision-layers", type=int, default=default.vision_layers, help="default: %(default)s")
+    parser.add_argument("--vocab-size", type=int, default=default.vocab_size, help="default: %(default)s")
+    parser.add_argument("--max-tokens", type=int, default=default.max_tokens, help="of a document; %(default)s")
     parser.add_argument("--output-dir", type=Path, default=Path("out/benchmarks/pipeline"), help="%(default)s")
     parser.add_argument("--cache", type=Path, default=Path(".cache/demo"), help="downloads (default: %(default)s)")
     parser.add_argument("--fresh", action="store_true", help="forget the parts of an earlier invocation")
@@ -40,6 +43,9 @@ def main(arguments: list[str] | None = None) -> None:
         num_rounds=given.rounds,
         engine_rounds=given.engine_rounds,
         num_batches=given.batches,
+        vision_layers=given.vision_layers,
+        vocab_size=given.vocab_size,
+        max_tokens=given.max_tokens,
     )
     _measure(settings, given.parts)
     if not given.no_save:

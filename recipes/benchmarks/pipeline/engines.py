@@ -71,14 +71,14 @@ class TorchLlm(nn.Module):
 
 
 class TorchPipeline:
-    """torch's `Schedule1F1B` over (encoder | LLM), with static shapes."""
+    """torch's `Schedule1F1B` over (encoder / LLM), with static shapes."""
 
     def __init__(self, ingredients: Ingredients, num_microbatches: int, length: int, tiles: int) -> None:
         self.length, self.tiles, self.count = length, tiles, num_microbatches
         model = ingredients.model()
         structure = read_structure(model)
         plan = make_plan(
-            "vision | LLM",
+            "vision / LLM",
             ingredients.settings,
             vision_layers=ingredients.spec.vision.num_layers,
             llm_layers=ingredients.spec.llm.num_layers,
@@ -142,8 +142,7 @@ def _ours(pipe: PipelineModel, batch: StepBatch, order: Order) -> float:
 def compare_engines(ingredients: Ingredients, folder: Path) -> list[Row]:
     """The same microbatch again and again: what the engine itself takes."""
     settings, shapes = ingredients.settings, ingredients.shapes
-    batch = ingredients.batches[0]
-    with_image = batch[shapes.image_tokens[batch] > 0]
+    with_image = np.flatnonzero(shapes.image_tokens)
     picked = with_image[np.argsort(shapes.llm_tokens[with_image])]
     middle = max(0, len(picked) // 2 - settings.microbatch_samples // 2)
     group = [int(i) for i in picked[middle : middle + settings.microbatch_samples]]
@@ -153,9 +152,7 @@ def compare_engines(ingredients: Ingredients, folder: Path) -> list[Row]:
     theirs = TorchPipeline(ingredients, count, length, tiles)
     given = theirs.inputs([group] * count, tokens)
     pipe, order = _pipe(ingredients, "1f1b")
-    where = {index: place for place, index in enumerate(batch.tolist())}
-    groups = [[[where[i] for i in group] for _ in range(count)]]
-    inputs = ingredients.inputs(pipe, batch, groups)
+    inputs = ingredients.inputs(pipe, np.arange(len(shapes)), [[group for _ in range(count)]])
     inputs = replace(inputs, shape=replace(inputs.shape, label_tokens=tokens))
     arms: dict[str, Run] = {
         "torch": partial(theirs.run, given),
@@ -196,7 +193,7 @@ def _same(losses: list[float], what: str) -> None:
 
 def _pipe(ingredients: Ingredients, schedule: str) -> tuple[PipelineModel, Order]:
     plan = make_plan(
-        "vision | LLM",
+        "vision / LLM",
         ingredients.settings,
         vision_layers=ingredients.spec.vision.num_layers,
         llm_layers=ingredients.spec.llm.num_layers,

@@ -23,6 +23,9 @@ from recipes.benchmarks.pipeline.settings import PipelineSettings
 
 __all__ = ["Ingredients", "prepare", "say", "slowest"]
 
+_DRAWN = 5
+"""Documents looked at for each that is kept."""
+
 Groups = Sequence[Sequence[Any]]
 """LLM replica -> microbatch -> places of samples in a global batch."""
 
@@ -81,8 +84,12 @@ def prepare(settings: PipelineSettings) -> Ingredients:
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
     rows = load_from_disk(str(settings.cache / FOLDER))["train"]
     count = settings.batch_samples * (settings.num_batches + 1)
-    rows = rows.shuffle(seed=settings.seed).select(range(count))
-    annotated, profile = hf_dflop.profile_dataset(rows, processor, config=model.config)
+    drawn = rows.shuffle(seed=settings.seed).select(range(min(len(rows), _DRAWN * count)))
+    annotated, _ = hf_dflop.profile_dataset(drawn, processor, config=model.config)
+    short = np.flatnonzero(Shapes.of_dataset(annotated).llm_tokens <= settings.max_tokens)[:count]
+    if len(short) < count:
+        raise SystemExit(f"{len(short)} documents have {settings.max_tokens} tokens at most; {count} are needed.")
+    annotated, profile = hf_dflop.profile_dataset(drawn.select(short), processor, config=model.config)
     parts = np.arange(count).reshape(settings.num_batches + 1, settings.batch_samples)
     return Ingredients(
         settings=settings,
@@ -99,7 +106,7 @@ def prepare(settings: PipelineSettings) -> Ingredients:
 
 def model_folder(settings: PipelineSettings) -> str:
     """Name of the checkpoint's folder in the cache."""
-    return f"model-{settings.vocab_size}"
+    return f"model-{settings.vision_layers}-{settings.vocab_size}"
 
 
 def slowest(run: Callable[[], Any]) -> tuple[float, Any]:

@@ -1,9 +1,9 @@
 """Six combinations of plan and grouping: predicted beside measured seconds of a step, and where they differ.
 
 For each combination, the simulator composes and orders the microbatches of every global batch and says what the step
-will take: once from what was measured apart (costs, links, optimizer), once corrected by a recorded run of the same
-plan on another global batch. Then the pipeline runs these microbatches in this order, all combinations in turn, round
-after round, and writes its trace.
+will take, from what was measured apart (costs, links, optimizer). Then the pipeline runs these microbatches in this
+order, all combinations in turn, round after round, and writes its trace. One global batch more runs beside the others:
+to its trace the correction is fitted, with which the others are predicted a second time.
 
 In: `Ingredients`. Out: rows of kind `pipeline`, one per combination, batch and round, and of kind `action`.
 """
@@ -49,42 +49,47 @@ class Combination:
     ) -> None:
         self.name, self.grouping, self.plan = name, grouping, plan
         self.pipe, self.optimizer, self.optimizer_s, self.folder = pipe, optimizer, optimizer_s, folder
+        # of the batch for the calibration, then of those that are measured
         self.planned: list[PlannedStep] = []
         self.inputs: list[StepBatch] = []
         self.predicted_s: list[float] = []
-        self.calibrated_s: list[float] = []
 
     @property
     def label(self) -> str:
         return f"{self.name}, {self.grouping}"
 
-    def step(
-        self, batch: StepBatch, planned: PlannedStep, trace: PipelineTrace | None = None, number: int | None = None
-    ) -> float:
+    def step(self, batch: int, trace: PipelineTrace | None = None, number: int | None = None) -> float:
         """One optimizer step at learning rate 0; returns the loss."""
-        result = self.pipe.step(batch, order=planned.order)
+        result = self.pipe.step(self.inputs[batch], order=self.planned[batch].order)
         self.pipe.clip_grad_norm_(1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
         if trace is not None:
-            trace.end_step(batch, step=number)
+            trace.end_step(self.inputs[batch], step=number)
         return result.loss
 
     def plan_batch(
-        self, ingredients: Ingredients, batch: Any, cost: CostModel, links: Links, calibration: Calibration | None
+        self, ingredients: Ingredients, batch: Any, cost: CostModel, links: Links
     ) -> tuple[PlannedStep, float]:
         """Composition, order and predicted seconds of a global batch."""
         optimizer_s: Any = self.optimizer_s if self.name != "DP 2" else max(self.optimizer_s)
+        shapes = ingredients.shapes.select(batch)
         planned = plan_step(
-            self.plan,
-            cost,
-            ingredients.shapes.select(batch),
-            communication=links,
-            wire_bytes=WIRE_BYTES,
-            optimizer_s=optimizer_s,
-            calibration=calibration,
+            self.plan, cost, shapes, communication=links, wire_bytes=WIRE_BYTES, optimizer_s=optimizer_s
         )
         return planned, simulate_order(planned.order, planned.durations).step_s
+
+    def again(
+        self, batch: int, ingredients: Ingredients, cost: CostModel, links: Links, calibration: Calibration
+    ) -> float:
+        """The corrected prediction of the very composition and order that ran."""
+        shapes = ingredients.shapes.select([ingredients.calibration, *ingredients.batches][batch])
+        planned = self.planned[batch]
+        stages = stage_seconds(self.plan, sample_seconds(self.plan, cost, shapes), shapes, planned.groups)
+        durations = step_durations(
+            self.plan, cost, stages, communication=links, wire_bytes=WIRE_BYTES, calibration=calibration
+        )
+        return simulate_order(planned.order, durations).step_s
 
 
 def _combinations(ingredients: Ingredients, folder: Path) -> list[Combination]:
@@ -96,7 +101,13 @@ def _combinations(ingredients: Ingredients, folder: Path) -> list[Combination]:
         optimizer_s = measure_optimizer(pipe, optimizer)
         found += [
             Combination(
-                name, grouping, plan, pipe, optimizer, optimizer_s, folder / f"{name}-{grouping}".replace(" ", "")
+                name,
+                grouping,
+                plan,
+                pipe,
+                optimizer,
+                optimizer_s,
+                folder / f"{name}-{grouping}".replace(" / ", "-").replace(" ", ""),
             )
             for grouping, plan in plans.items()
         ]
@@ -118,59 +129,42 @@ def predict_and_run(ingredients: Ingredients, cost: CostModel, links: Links, fol
     """Predict, run and compare the six combinations."""
     settings = ingredients.settings
     combinations = _combinations(ingredients, folder)
-    calibrations = [_calibrate(combination, ingredients, cost, links) for combination in combinations]
-    for combination, calibration in zip(combinations, calibrations, strict=True):
-        for batch in ingredients.batches:
-            planned, predicted_s = combination.plan_batch(ingredients, batch, cost, links, None)
+    for combination in combinations:
+        for batch in (ingredients.calibration, *ingredients.batches):
+            planned, predicted_s = combination.plan_batch(ingredients, batch, cost, links)
             combination.planned.append(planned)
             combination.predicted_s.append(predicted_s)
-            combination.calibrated_s.append(_again(combination, planned, ingredients, batch, cost, links, calibration))
             combination.inputs.append(ingredients.inputs(combination.pipe, batch, planned.groups))
-        combination.step(combination.inputs[0], combination.planned[0])
-    rows: list[Row] = []
+        combination.step(0)
+    measured: list[Row] = []
     losses: dict[int, float] = {}
     for round_ in range(settings.num_rounds):
         turn = combinations[round_ % len(combinations) :] + combinations[: round_ % len(combinations)]
         for combination in turn if round_ % 2 == 0 else turn[::-1]:
-            trace = PipelineTrace(combination.pipe, combination.folder / "measured", resume=round_ > 0)
-            for b in range(settings.num_batches):
-                number = round_ * settings.num_batches + b
-                step = partial(combination.step, combination.inputs[b], combination.planned[b], trace, number)
-                seconds, loss = slowest(step)
+            for b in range(settings.num_batches + 1):
+                run = "measured" if b else "calibration"
+                with PipelineTrace(combination.pipe, combination.folder / run, resume=round_ > 0 or b > 1) as trace:
+                    seconds, loss = slowest(partial(combination.step, b, trace, round_ * settings.num_batches + b))
                 if abs(loss / losses.setdefault(b, loss) - 1) > LOSS_TOLERANCE:
                     raise RuntimeError(f"{combination.label}: loss {loss}, others have {losses[b]} on the same batch")
-                rows.append(
-                    {
-                        "kind": "pipeline",
-                        "mix": "documents",
-                        "arm": combination.label,
-                        "plan": combination.name,
-                        "grouping": combination.grouping,
-                        "round": round_,
-                        "batch": b,
-                        "seconds": seconds,
-                        "predicted_s": combination.predicted_s[b],
-                        "calibrated_s": combination.calibrated_s[b],
-                    }
-                )
-            trace.close()
+                if b:
+                    measured.append({"arm": combination.label, "round": round_, "batch": b - 1, "seconds": seconds})
             say(f"round {round_ + 1}, {combination.label}: {seconds:.2f} s")
     dist.barrier()
-    for combination, calibration in zip(combinations, calibrations, strict=True):
+    rows: list[Row] = []
+    for combination in combinations:
+        calibration = _compare(combination, "calibration", ingredients, cost, links, None).calibration
+        again = [combination.again(b, ingredients, cost, links, calibration) for b in range(settings.num_batches + 1)]
+        for row in measured:
+            if row["arm"] == combination.label:
+                guesses = {
+                    "predicted_s": combination.predicted_s[row["batch"] + 1],
+                    "calibrated_s": again[row["batch"] + 1],
+                }
+                names = {"plan": combination.name, "grouping": combination.grouping}
+                rows.append({"kind": "pipeline", "mix": "documents", **row, **names, **guesses})
         rows += _actions(combination, ingredients, cost, links, calibration)
     return rows
-
-
-def _calibrate(combination: Combination, ingredients: Ingredients, cost: CostModel, links: Links) -> Calibration:
-    """From a recorded run on the global batch that is not measured afterwards."""
-    batch = ingredients.calibration
-    planned, _ = combination.plan_batch(ingredients, batch, cost, links, None)
-    inputs = ingredients.inputs(combination.pipe, batch, planned.groups)
-    with PipelineTrace(combination.pipe, combination.folder / "calibration") as trace:
-        for _ in range(ingredients.settings.calibration_steps + 1):
-            combination.step(inputs, planned, trace)
-    dist.barrier()
-    return _compare(combination, "calibration", ingredients, cost, links, None).calibration
 
 
 def _compare(
@@ -183,7 +177,7 @@ def _compare(
 ) -> Comparison:
     return compare_run(
         combination.plan,
-        recorded_steps(combination.folder / run, skip_steps=1 if run == "calibration" else 0),
+        recorded_steps(combination.folder / run, skip_steps=0),
         ingredients.shapes,
         cost,
         communication=links,
@@ -191,22 +185,6 @@ def _compare(
         optimizer_s=max(combination.optimizer_s),
         calibration=calibration,
     )
-
-
-def _again(
-    combination: Combination,
-    planned: PlannedStep,
-    ingredients: Ingredients,
-    batch: Any,
-    cost: CostModel,
-    links: Links,
-    calibration: Calibration,
-) -> float:
-    """The calibrated prediction of the very composition and order that will run."""
-    plan, shapes = combination.plan, ingredients.shapes.select(batch)
-    stages = stage_seconds(plan, sample_seconds(plan, cost, shapes), shapes, planned.groups)
-    durations = step_durations(plan, cost, stages, communication=links, wire_bytes=WIRE_BYTES, calibration=calibration)
-    return simulate_order(planned.order, durations).step_s
 
 
 def _actions(

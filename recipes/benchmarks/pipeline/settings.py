@@ -18,8 +18,8 @@ PARTS: dict[str, str] = {
 """What is measured, in this order."""
 
 PLANS: dict[str, str] = {
-    "vision | LLM": "the encoder on one process, the LLM on the other",
-    "LLM | LLM": "the encoder with the LLM's first stage on one process, the second stage on the other",
+    "vision / LLM": "the encoder on one process, the LLM on the other",
+    "LLM / LLM": "the encoder with the LLM's first stage on one process, the second stage on the other",
     "DP 2": "the whole model on each process, gradients summed",
 }
 """Plans for two processes."""
@@ -52,18 +52,20 @@ class PipelineSettings:
 
     output_dir: Path
     cache: Path
-    num_microbatches: int = 6
+    num_microbatches: int = 4
     """Of a step; half as many on each of two replicas."""
     microbatch_samples: int = 2
-    num_batches: int = 2
+    num_batches: int = 1
     """Global batches that are measured; one more is what the prediction is calibrated on."""
     num_rounds: int = 3
-    engine_rounds: int = 6
-    calibration_steps: int = 4
+    engine_rounds: int = 5
     num_observations: int = 24
     """Microbatches that the cost model is fitted to."""
-    vocab_size: int = 8192
+    vision_layers: int = 6
+    vocab_size: int = 4096
     """Tokens kept of the vocabulary, so that the head does not take most of a step."""
+    max_tokens: int = 256
+    """LLM tokens of a document at most; longer ones would make steps too long to repeat."""
     seed: int = 7
 
     @property
@@ -73,7 +75,7 @@ class PipelineSettings:
 
     @property
     def model(self) -> DemoModelConfig:
-        return DemoModelConfig(vocab_size=self.vocab_size)
+        return DemoModelConfig(vocab_size=self.vocab_size, vision_layers=self.vision_layers)
 
     def save(self, path: Path) -> None:
         fields = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items()}
@@ -99,9 +101,9 @@ def make_plan(
     pipelined = name != "DP 2"
     dp = 1 if pipelined else 2
     return Plan(
-        placement={"vision | LLM": "disjoint", "LLM | LLM": "colocated", "DP 2": "replicated"}[name],
+        placement={"vision / LLM": "disjoint", "LLM / LLM": "colocated", "DP 2": "replicated"}[name],
         vision=ModulePlan(layers=(vision_layers,), dp=dp),
-        llm=ModulePlan(layers=(first, llm_layers - first) if name == "LLM | LLM" else (llm_layers,), dp=dp),
+        llm=ModulePlan(layers=(first, llm_layers - first) if name == "LLM / LLM" else (llm_layers,), dp=dp),
         num_microbatches=settings.num_microbatches // dp,
         schedule=schedule,
         balance=balance,

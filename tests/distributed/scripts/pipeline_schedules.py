@@ -73,6 +73,7 @@ CASES: dict[str, Case] = {
     "data-aware": Case(layout=(2, 2, 1), plan={"schedule": "data-aware"}),
     "order of its own": Case(layout=(1, 2, 1), shuffled=True),
     "zero bubble": Case(layout=(1, 2, 1), plan=ZB),
+    "zero bubble, tied in one stage": Case(layout=(1, 1, 1), plan=ZB, model={"tied": True}),
     "zero bubble, replicas": Case(layout=(2, 1, 2), plan=ZB, family="qwen2_5_vl"),
     "zero bubble, chunks": Case(layout=(1, 2, 1), plan=ZB | {"chunks": 2}, family="qwen3_vl"),
     "zero bubble, text only": Case(layout=(1, 2, 1), plan=ZB, cells={"text_only": True}),
