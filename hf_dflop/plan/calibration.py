@@ -38,7 +38,7 @@ class Calibration:
     factors: Mapping[str, float] = field(default_factory=dict)
     """Of `ACTION_KINDS`; 1 where one is missing."""
     offsets_s: Mapping[str, float] = field(default_factory=dict)
-    """Seconds that every action of a kind takes more; 0 where one is missing."""
+    """Seconds that every action of a kind that has work takes more; 0 where one is missing."""
     microbatch_s: float = 0.0
     """Seconds that every microbatch takes more, over all its actions."""
     reduce_s: float | None = None
@@ -60,8 +60,7 @@ class Calibration:
 
     def apply(self, kind: str, seconds: FloatArray) -> FloatArray:
         """Corrected seconds of actions of a kind."""
-        offset = self.offsets_s.get(kind, 0.0)
-        return self.factors.get(kind, 1.0) * seconds + (offset if seconds.any() else 0.0)
+        return self.factors.get(kind, 1.0) * seconds + self.offsets_s.get(kind, 0.0) * (seconds > 0)
 
     def to_dict(self) -> dict[str, Any]:
         """The calibration as plain JSON types, with the schema version."""

@@ -9,7 +9,7 @@ LLM's replicas, cut into contiguous runs as even in image tokens as whole sample
 Assumptions: a stage's seconds go with its number of layers; the LM head is the last stage's, the connector is spread
 over the encoder's; embeddings take no time. Tensor parallelism divides seconds by its degree, its collectives come on
 top.
-`per_microbatch_s` of the cost model is spread over the stages by their seconds.
+`per_microbatch_s` of the cost model is spread over the stages by their seconds, where a stage has work.
 """
 
 from collections.abc import Sequence
@@ -232,8 +232,10 @@ def stage_seconds(plan: Plan, seconds: SampleSeconds, shapes: Shapes, groups: Gr
         for stage, mean in enumerate(means):
             own = seconds.overhead_s * (mean / total if total > 0 else 1.0 / len(means))
             ahead = forward[stage].mean() / mean if mean > 0 else 1.0
-            forward[stage] = forward[stage] + own * ahead
-            backward[stage] = backward[stage] + own * (1.0 - ahead)
+            # a stage without work in a microbatch (an encoder without images) is not run there
+            has_work = forward[stage] > 0
+            forward[stage] = forward[stage] + own * ahead * has_work
+            backward[stage] = backward[stage] + own * (1.0 - ahead) * has_work
     return StageSeconds(
         forward=forward,
         backward=backward,

@@ -237,7 +237,7 @@ def calibrated(plan: Plan, stages: StageSeconds, calibration: Calibration | None
         total = sum(mean for mean, _, _ in means)
         for mean, rows, stage in means:
             share = mean / total if total > 0 else 1.0 / len(means)
-            rows[stage] = rows[stage] + calibration.microbatch_s * share
+            rows[stage] = rows[stage] + calibration.microbatch_s * share * (rows[stage] > 0)
     return forward, backward
 
 

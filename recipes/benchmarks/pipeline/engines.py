@@ -66,7 +66,7 @@ class TorchLlm(nn.Module):
         received = features[:count] if count else None
         loss = self.part(inputs, received, self.form, divisor).loss
         if not count:
-            loss = loss + 0.0 * features.sum()  # torch wants a gradient of every input
+            loss = loss + (0.0 * features).sum()  # torch wants a gradient of every input, and a contiguous one
         return loss.unsqueeze(0)
 
 

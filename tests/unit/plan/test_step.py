@@ -1,12 +1,14 @@
 """A plan's step: nothing of its seconds is lost, images are shared as the pipeline shares them, balance pays."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from hf_dflop.errors import PlanError
-from hf_dflop.plan import ModulePlan, Network, plan_step, simulate_order
+from hf_dflop.plan import Calibration, ModulePlan, Network, plan_step, simulate_order
 from hf_dflop.plan.stage_seconds import sample_seconds, share_images, stage_seconds
-from hf_dflop.plan.step import plan_stage_ranks, stock_groups
+from hf_dflop.plan.step import calibrated, plan_stage_ranks, stock_groups
 from tests.unit.plan import example
 
 NETWORK = Network(intra_bytes_per_s=1e9, inter_bytes_per_s=1e8, gpus_per_node=4, latency_s=1e-5)
@@ -131,3 +133,19 @@ def test_a_plan_of_another_model() -> None:
 def test_bandwidth_must_be_positive(name: str, value: float) -> None:
     with pytest.raises(PlanError, match=name):
         Network(**({"intra_bytes_per_s": 1e9, "inter_bytes_per_s": 1e9} | {name: value}))
+
+
+def test_a_stage_without_work_takes_no_time() -> None:
+    """Overheads, measured and fitted, are of actions that run: an encoder without images does not."""
+    data = example.shapes(8)
+    text = replace(data, **dict.fromkeys(("num_images", "image_tiles", "image_patches", "image_patches_sq",
+                                          "image_tokens"), np.where(np.arange(8) < 4, 0, 64)))  # fmt: skip
+    plan = example.plan(vision=ModulePlan(layers=(6,)), llm=ModulePlan(layers=(4, 4)), num_microbatches=2)
+    cost = replace(example.cost(), per_microbatch_s=0.5)
+    stages = stage_seconds(plan, sample_seconds(plan, cost, text), text, [[[0, 1, 2, 3], [4, 5, 6, 7]]])
+    assert stages.forward[0][0, 0] == stages.backward[0][0, 0] == 0 < stages.forward[0][0, 1]
+    correction = Calibration(offsets_s={"vision forward": 0.25, "llm forward": 0.25}, microbatch_s=1.0)
+    forward, _ = calibrated(plan, stages, correction)
+    assert forward[0][0, 0] == 0
+    assert forward[0][0, 1] > 0.25 + stages.forward[0][0, 1]
+    assert (forward[1] > 0.25 + stages.forward[1]).all()

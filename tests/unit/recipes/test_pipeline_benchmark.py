@@ -50,7 +50,7 @@ def result() -> Result:
 def test_the_report_says_what_the_numbers_are() -> None:
     told = section(result())
     assert "| a, balanced | 1.000 (1.000–1.000) | 1 | 1.200 | +20.0 % | 1 |" in told
-    # |1.8 / 2.1 - 1| and |1.7 / 2.1 - 1| are above 10 %, too; "a, stock" and "b, stock" are ties, the other pairs right
+    # 1.8 and 1.7 of 2.1 are off by more than 10 %, too; "a, stock" and "b, stock" are ties, the other pairs right
     assert "Predicted: 0 of 3 within 10 %, the largest error 20.0 %; 2 of 2 pairs of plans" in told
     assert "Calibrated: 3 of 3 within 10 %, the largest error 0.0 %; 2 of 2 pairs" in told
     assert "(1 further pairs are ties" in told
