@@ -288,6 +288,8 @@ def _fit(plan: Plan, runs: Sequence[_Run], cost: CostModel) -> Calibration:
             factors[kind], offsets[kind] = fit_relative(
                 np.column_stack([predicted, np.ones(measured.size)]), measured
             ).tolist()
+        elif measured.size:  # too few to tell what is the same for all: a kind must not stay wrong beside fitted ones
+            factors[kind] = float(fit_relative(predicted[:, None], measured)[0])
     return Calibration(
         factors=factors,
         offsets_s=offsets,
