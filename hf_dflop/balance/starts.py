@@ -9,6 +9,8 @@ spread over the rank's slots by size. Padded: runs of the order by length, once 
 least padding. Measured: padded starts that ignore length are no better than random order.
 """
 
+import heapq
+
 import numpy as np
 import numpy.typing as npt
 
@@ -53,16 +55,27 @@ def place(problem: Problem, group: Groups) -> Groups:
     number = np.empty(problem.num_groups, dtype=np.int64)
     ranks = problem.num_ranks
     if problem.objective == "step":  # heaviest group first, to the rank with the least so far and a free slot
-        load = [0] * ranks
+        slowness = problem.slowness.tolist()
+        costs = (vision + llm).tolist()
         taken = [0] * ranks
-        for g in order.tolist():
-            cost = int(vision[g] + llm[g])
-            free = [r for r in range(ranks) if taken[r] < problem.num_slots]
-            after = {r: (load[r] + cost) * int(problem.slowness[r]) for r in free}
-            rank = min(free, key=lambda r: (after[r], r))
-            number[g] = taken[rank] * ranks + rank
-            load[rank] += cost
-            taken[rank] += 1
+        if problem.is_even:
+            emptiest = [(0, r) for r in range(ranks)]  # a heap of (load, rank) of the ranks with a free slot
+            for g in order.tolist():
+                load, rank = emptiest[0]
+                number[g] = taken[rank] * ranks + rank
+                taken[rank] += 1
+                if taken[rank] < problem.num_slots:
+                    heapq.heapreplace(emptiest, (load + costs[g], rank))
+                else:
+                    heapq.heappop(emptiest)
+        else:
+            loads = [0] * ranks
+            for g in order.tolist():
+                free = (r for r in range(ranks) if taken[r] < problem.num_slots)
+                rank = min(free, key=lambda r: ((loads[r] + costs[g]) * slowness[r], r))
+                number[g] = taken[rank] * ranks + rank
+                loads[rank] += costs[g]
+                taken[rank] += 1
     else:  # equals side by side, ranks in alternating direction, or the heaviest of a slot to the fastest rank
         position = np.arange(problem.num_groups)
         slot, rank_of = position // ranks, position % ranks

@@ -21,6 +21,7 @@ from hf_dflop.plan.compiled import CompiledOrder, compile_schedule, compiled, st
 from hf_dflop.plan.compose import Composer, Composition
 from hf_dflop.plan.fit_memory import MemoryRule, RankMemories, rank_bytes, rank_memories
 from hf_dflop.plan.order_greedy import greedy_actions
+from hf_dflop.plan.padded_heads import encoder_share
 from hf_dflop.plan.plan import Plan
 from hf_dflop.plan.stage_seconds import StageSeconds, first_backward_stage
 from hf_dflop.plan.step import plan_stage_ranks, step_durations
@@ -50,7 +51,7 @@ class Scorer:
         self.is_mixed = len({group.gpu for group in cluster.groups}) > 1
         self.num_simulated = 0
         self._memories: dict[tuple[object, ...], RankMemories] = {}
-        self.bytes_of = lru_cache(maxsize=65536)(self._bytes_of)
+        self.bytes_of = lru_cache(maxsize=4096)(self._bytes_of)
 
     def seconds(self, plan: Plan, batch: int, stages: StageSeconds | None = None) -> float:
         """Seconds of a step with one of the workload's batches; `stages`: those of plan and batch, where at hand."""
@@ -107,35 +108,36 @@ class Scorer:
     def composed(self, plan: Plan, batch: int) -> Composition:
         """The microbatches of a batch under a plan."""
         own = plan.placement != "disjoint"
-        weight = 0
+        again = (plan.vision.checkpointing, plan.llm.checkpointing)
+        weight = self._recomputing(*again)
         if plan.placement == "replicated":
             objective = "step" if plan.fsdp_shards == 1 else "stage"
         elif own:
             objective = "joined"
         else:
             objective = "pipeline"
-            ratio = plan.llm.dp * plan.llm.tp / (plan.vision.dp * plan.vision.tp)
-            ratio *= _largest(plan.vision.layers, plan.vision.pp) / _largest(plan.llm.layers, plan.llm.pp)
-            weight = round(2 * math.log2(ratio))
+            weight *= plan.llm.dp * plan.llm.tp * encoder_share(self.workload.spec, plan.vision.tp) / plan.vision.dp
+            weight *= _largest(plan.vision.layers, plan.vision.pp) / _largest(plan.llm.layers, plan.llm.pp)
+            weight = 2.0 ** (round(2 * math.log2(weight)) / 2)
         return self.composer.composition(
-            batch,
-            (plan.vision.checkpointing, plan.llm.checkpointing),
-            plan.llm.dp,
-            plan.num_microbatches,
-            objective,
-            weight,
-            plan.balance,
-            plan.vision.dp,
-            own,
+            batch, again, plan.llm.dp, plan.num_microbatches, objective, weight, plan.balance, plan.vision.dp, own
         )
+
+    def _recomputing(self, vision: bool, llm: bool) -> float:
+        """What recomputation makes of an encoder second, against an LLM second."""
+        plain, sums = (self.workload.sums(*again).sum(axis=0) for again in ((False, False), (vision, llm)))
+        if not plain[0] or not plain[1:3].sum():
+            return 1.0
+        return round(float(sums[0] / plain[0] / (sums[1:3].sum() / plain[1:3].sum())), 2)
 
     def stages(self, plan: Plan, batch: int) -> StageSeconds:
         """Seconds of the microbatches on each stage, on the GPUs that it has."""
         made = self.composed(plan, batch)
         forward, backward = [], []
         slow = self._slow(plan)
+        whole = encoder_share(self.workload.spec, plan.vision.tp)
         for stage, layers in enumerate(plan.vision.layers):
-            share = layers / plan.vision.num_layers / plan.vision.tp * slow[stage]
+            share = layers / plan.vision.num_layers * whole * slow[stage]
             forward.append(made.vision[0] * share)
             backward.append(made.vision[1] * share)
         for stage, layers in enumerate(plan.llm.layers):
@@ -198,16 +200,21 @@ class Scorer:
         """Whether every rank has room; `composed=False` is quick, and true where the full answer is true."""
         return bool((np.array(self.bytes_of(plan, composed)) <= self.room(plan)).all())
 
-    def static_need(self, plan: Plan) -> float:
-        """Bytes of weights and optimizer state ÷ room, of the fullest rank."""
-        return float((self._held(plan).static / self.room(plan)).max())
+    def need(self, plan: Plan, *, composed: bool) -> float:
+        """Needed ÷ available bytes of the fullest rank; `composed` as for `fits`."""
+        return float((np.array(self.bytes_of(plan, composed)) / self.room(plan)).max())
+
+    @property
+    def largest_room(self) -> float:
+        """Bytes that a plan may use on the largest GPU."""
+        return float(self._memory.max()) * (1 - self.rule.margin) - self.rule.reserve_bytes
 
     def optimizer_s(self, plan: Plan) -> float:
         """Seconds of the optimizer: it reads and writes all that it holds, on the rank that holds most."""
         return self._held(plan).optimizer_traffic / self.cluster.reference.memory_bytes_per_s
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=128)
 def _one_f_one_b(stage_rank: tuple[int, ...], num_microbatches: int, first_backward: int) -> CompiledOrder:
     """1F1B of one stage per rank: list scheduling of equal seconds gives it too, without objects."""
     seconds = np.broadcast_to(np.array([1.0, 2.0, 1.0, 1.0])[:, None, None], (4, len(stage_rank), num_microbatches))

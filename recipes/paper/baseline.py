@@ -10,8 +10,7 @@ microbatches are as the stock sampler deals them, and layers are spread evenly b
 Every plan that fits is scored on the tuning batches: this is exhaustive, pruned only where a plan's batches so far are
 already slower than the best in all. It is tuned on the very data, so its blindness is in the layout alone.
 
-An encoder whose heads the tensor-parallel degree does not divide is split all the same, as if padding heads cost
-nothing.
+An encoder whose heads the tensor-parallel degree does not divide is split with padded heads, as the planner does it.
 """
 
 from collections.abc import Callable, Iterator
