@@ -165,12 +165,14 @@ def assign_flat(
     objective: str,
     padded: bool,
     proposals: int,
+    kicks: int | None = None,
 ) -> npt.NDArray[np.int64]:
     """`assign` without caps and without a report, for searches that compose thousands of steps.
 
     Args:
         vision_s, llm_s, num_ranks, num_slots, objective, padded, proposals: as in `assign`.
         stock: `(num_samples,)`, the stock grouping: slot × num_ranks + rank of each sample.
+        kicks (`int`, *optional*): of the partition that it starts from, see `partition`; by default as `assign` does.
 
     Returns:
         `(num_samples,)`: the grouping that `assign` makes, numbered as `stock`.
@@ -179,20 +181,25 @@ def assign_flat(
         vision_s, llm_s, num_ranks=num_ranks, num_slots=num_slots, objective=objective, padded=padded, tokens=None,
         max_tokens=None, patches=None, max_patches=None, spread=None,
     )  # fmt: skip
-    problem, group = _best_group(problem, stock, step_bound_ticks(problem), proposals, 0)
+    problem, group = _best_group(problem, stock, step_bound_ticks(problem), proposals, 0, kicks)
     if _measure(problem, stock) <= _measure(problem, group):
         return stock
     return groups_in_time(problem, group)
 
 
 def _best_group(
-    problem: Problem, stock: npt.NDArray[np.int64] | None, bound: float, limit: int, seed: int
+    problem: Problem,
+    stock: npt.NDArray[np.int64] | None,
+    bound: float,
+    limit: int,
+    seed: int,
+    kicks: int | None = None,
 ) -> tuple[Problem, npt.NDArray[np.int64]]:
     """The grouping found, and the problem that it solves: without what was to be spread, if the caps forbid it."""
-    group = _solve(problem, stock, bound, limit, seed)
+    group = _solve(problem, stock, bound, limit, seed, kicks)
     if problem.is_spread is not None and _measure(problem, group).excess:  # the caps go first
         problem = replace(problem, is_spread=None)
-        group = _solve(problem, stock, bound, limit, seed)
+        group = _solve(problem, stock, bound, limit, seed, kicks)
     return problem, group
 
 
@@ -212,13 +219,18 @@ class _Measure(NamedTuple):
 
 
 def _solve(
-    problem: Problem, stock: npt.NDArray[np.int64] | None, bound: float, limit: int, seed: int
+    problem: Problem,
+    stock: npt.NDArray[np.int64] | None,
+    bound: float,
+    limit: int,
+    seed: int,
+    kicks: int | None,
 ) -> npt.NDArray[np.int64]:
     """The best grouping found; it exceeds the caps only if none was found that does not."""
     from hf_dflop.balance.search import search
     from hf_dflop.balance.starts import spread_slots, starts
 
-    candidates = [*starts(problem, seed), *([] if stock is None else [stock])]
+    candidates = [*starts(problem, seed, kicks), *([] if stock is None else [stock])]
     candidates = [spread_out(problem, candidate) for candidate in candidates]
     weights, caps, padded_caps = problem.limits
     target = int(bound * GOOD_ENOUGH)

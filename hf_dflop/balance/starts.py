@@ -27,8 +27,8 @@ __all__ = ["place", "spread_slots", "starts"]
 Groups = npt.NDArray[np.int64]
 
 
-def starts(problem: Problem, seed: int) -> list[Groups]:
-    """Groupings of all samples, placed; not all need satisfy the caps. `seed`: of the search for a partition."""
+def starts(problem: Problem, seed: int, kicks: int | None = None) -> list[Groups]:
+    """Groupings of all samples, placed; not all need satisfy the caps. `seed`, `kicks`: of the partition's search."""
     both = np.stack([problem.vision, problem.llm], axis=1)
     found: list[Groups] = []
     if problem.padded:
@@ -39,7 +39,7 @@ def starts(problem: Problem, seed: int) -> list[Groups]:
             found.append(spread_slots(problem, rank))
     if not problem.padded:
         ticks = both if problem.objective in ("stage", "pipeline") else both.sum(axis=1)[:, None]
-        parts = _partition(problem, ticks, seed)
+        parts = _partition(problem, ticks, seed, kicks)
         # With ranks of different speed, the parts were already made for their places.
         found.append(place(problem, parts) if problem.is_even else parts)
     if problem.caps.size:
@@ -109,12 +109,12 @@ def _lpt(
     return bucket
 
 
-def _partition(problem: Problem, ticks: npt.NDArray[np.int64], seed: int) -> Groups:
+def _partition(problem: Problem, ticks: npt.NDArray[np.int64], seed: int, kicks: int | None) -> Groups:
     """The partition of `ticks` into all microbatches; within the caps where it can be."""
     slow = np.tile(problem.inverse_speed, problem.num_slots)
     bound = bound_ticks(ticks, slow)
     try:
-        return partition_ticks(ticks, slow, problem.weights, problem.caps, bound, seed, None)[0]
+        return partition_ticks(ticks, slow, problem.weights, problem.caps, bound, seed, kicks)[0]
     except BalanceError:  # the caps are too tight for this start; the search repairs another one
         return _lpt(problem, ticks, slow)
 

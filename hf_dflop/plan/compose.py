@@ -32,7 +32,7 @@ PROPOSALS_PER_MICROBATCH = 100
 """Changes that the balancer tries while plans are compared; the sampler tries more."""
 MAX_PROPOSALS = 10_000
 """Of one batch, so that a composition for thousands of GPUs does not take seconds."""
-MAX_TOGETHER = 512
+MAX_TOGETHER = 1024
 KEPT_BYTES = 96 * 2**20
 """Of compositions, and of groupings, that are remembered."""
 Weight = float
@@ -118,6 +118,7 @@ class Composer:
                 objective=objective,
                 padded=self.workload.padded,
                 proposals=min(MAX_PROPOSALS // parts, PROPOSALS_PER_MICROBATCH * ranks.size * num),
+                kicks=None if parts == 1 else 0,
             )
             group[own] = found // ranks.size * replicas + ranks[0] + found % ranks.size
         return group

@@ -107,16 +107,21 @@ class RankMemories:
     """That the optimizer reads and writes, on the rank that holds most."""
 
 
-def rank_memories(plan: Plan, spec: ModelSpec, rule: MemoryRule) -> RankMemories:
-    """Of a plan's layers; replicas, microbatches and the schedule make no difference."""
+def rank_memories(
+    plan: Plan, spec: ModelSpec, rule: MemoryRule, made: dict[object, StageMemory] | None = None
+) -> RankMemories:
+    """Of a plan's layers; replicas, microbatches and the schedule make no difference. `made`: what ranks hold, kept
+    between plans of one model and rule."""
     settings = rule.settings_of(plan.frozen, (plan.vision.checkpointing, plan.llm.checkpointing), plan.fsdp_shards)
-    made: dict[object, StageMemory] = {}  # most ranks of a pipeline hold the same
+    made = {} if made is None else made  # most ranks of a pipeline hold the same
+    ways = (plan.frozen, plan.vision.checkpointing, plan.llm.checkpointing, plan.fsdp_shards)
     held = []
     for layers, v_tp, l_tp in _rank_layers(plan):
-        if layers not in made:
+        key = (layers, v_tp, l_tp, ways)
+        if key not in made:
             held_spec = padded_encoder(spec, v_tp)
-            made[layers] = stage_memory(held_spec, layers, settings, vision_tp=v_tp, llm_tp=l_tp)
-        held.append(made[layers])
+            made[key] = stage_memory(held_spec, layers, settings, vision_tp=v_tp, llm_tp=l_tp)
+        held.append(made[key])
     return RankMemories(
         np.array([one.static_bytes for one in held]),
         np.array([[getattr(one, name).kept_per_token_bytes for one in held] for name in ("vision", "llm")]),

@@ -16,6 +16,7 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
+from hf_dflop.cost.memory import StageMemory
 from hf_dflop.plan.cluster import Cluster
 from hf_dflop.plan.compiled import CompiledOrder, compile_schedule, compiled, step_seconds
 from hf_dflop.plan.compose import Composer, Composition
@@ -51,6 +52,7 @@ class Scorer:
         self.is_mixed = len({group.gpu for group in cluster.groups}) > 1
         self.num_simulated = 0
         self._memories: dict[tuple[object, ...], RankMemories] = {}
+        self._stage_memories: dict[object, StageMemory] = {}
         self.bytes_of = lru_cache(maxsize=4096)(self._bytes_of)
 
     def seconds(self, plan: Plan, batch: int, stages: StageSeconds | None = None) -> float:
@@ -74,8 +76,13 @@ class Scorer:
         ranks = plan_stage_ranks(plan)
         num_vision = plan.vision.num_stages
         busy: dict[int, FloatArray] = {}
+        sums: dict[int, FloatArray] = {}  # most stages have the same arrays
+        for rows in (*stages.forward, *stages.backward):
+            if id(rows) not in sums:
+                sums[id(rows)] = rows.sum(axis=1)
         for stage, rank in enumerate(ranks):
-            busy[rank] = busy.get(rank, 0.0) + (stages.forward[stage] + stages.backward[stage]).sum(axis=1)
+            own_s = sums[id(stages.forward[stage])] + sums[id(stages.backward[stage])]
+            busy[rank] = busy.get(rank, 0.0) + own_s
         drains = plan.schedule == "1f1b" and plan.placement == "disjoint" and plan.llm.num_chunks == 1
         way = found = 0.0
         back_vision = back_llm = 0.0
@@ -136,16 +143,24 @@ class Scorer:
         forward, backward = [], []
         slow = self._slow(plan)
         whole = encoder_share(self.workload.spec, plan.vision.tp)
+        known: dict[object, FloatArray] = {}  # most stages have the same layers
+
+        def seconds(table: FloatArray, way: int, share: float, more: FloatArray | None = None) -> FloatArray:
+            key = (id(table), way, share, more is None)
+            if key not in known:
+                known[key] = table[way] * share if more is None else table[way] * share + more
+            return known[key]
+
         for stage, layers in enumerate(plan.vision.layers):
             share = layers / plan.vision.num_layers * whole * slow[stage]
-            forward.append(made.vision[0] * share)
-            backward.append(made.vision[1] * share)
+            forward.append(seconds(made.vision, 0, share))
+            backward.append(seconds(made.vision, 1, share))
         for stage, layers in enumerate(plan.llm.layers):
             factor = slow[plan.vision.num_stages + stage] / plan.llm.tp
             last = stage == plan.llm.num_stages - 1
             for way, rows in enumerate((forward, backward)):
-                seconds = made.llm[way] * (layers / plan.llm.num_layers)
-                rows.append((seconds + made.head[way] if last else seconds) * factor)
+                head = made.head[way] * factor if last else None
+                rows.append(seconds(made.llm, way, layers / plan.llm.num_layers * factor, head))
         overhead = self.workload.cost.per_microbatch_s / (2 * len(forward))
         return StageSeconds(
             forward=[f + overhead for f in forward] if overhead else forward,
@@ -193,7 +208,7 @@ class Scorer:
             llm.checkpointing, plan.fsdp_shards,
         )  # fmt: skip
         if key not in self._memories:
-            self._memories[key] = rank_memories(plan, self.workload.spec, self.rule)
+            self._memories[key] = rank_memories(plan, self.workload.spec, self.rule, self._stage_memories)
         return self._memories[key]
 
     def fits(self, plan: Plan, *, composed: bool) -> bool:

@@ -261,13 +261,12 @@ class _Search:
             if known.mean() >= limit:  # whether it fits does not matter, unless one with more recomputation wins
                 slower.append(plan)
                 continue
-            if not scorer.fits(plan, composed=False):
-                self.note_misfit(plan, composed=False)
-                continue
             # seconds first: bytes need all batches composed
             seconds = self.score(plan, known, limit)
             if seconds is None:
                 slower.append(plan)
+            elif not seconds.size:
+                self.note_misfit(plan, composed=False)
             elif not scorer.fits(plan, composed=True):
                 self.note_misfit(plan, composed=True)
             else:
@@ -279,13 +278,16 @@ class _Search:
         return None
 
     def score(self, plan: Plan, bounds: FloatArray, limit: float) -> FloatArray | None:
-        """Seconds of every batch; None as soon as their mean cannot be below `limit`."""
+        """Seconds of every batch; None as soon as their mean cannot be below `limit`; none of them (size 0) where the
+        plan cannot fit."""
         known = bounds.copy()
         for batch in range(known.size):
             stages = self.scorer.stages(plan, batch)
             known[batch] = max(known[batch], self.scorer.composed_bound(plan, stages))
             if known.mean() >= limit:
                 return None
+            if batch == 0 and not self.scorer.fits(plan, composed=False):
+                return np.empty(0)
             known[batch] = self.scorer.seconds(plan, batch, stages)
             if known.mean() >= limit:
                 return None
