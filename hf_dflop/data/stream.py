@@ -25,7 +25,7 @@ from hf_dflop.balance import assign, warm_up
 from hf_dflop.cost import CostModel
 from hf_dflop.data.place import done_microbatches, place_of
 from hf_dflop.data.rows_of_stream import Row, RowReader
-from hf_dflop.data.sampler import Caps, StepPlan
+from hf_dflop.data.step_plan import Caps, StepPlan
 from hf_dflop.data.windows import paired_steps
 from hf_dflop.errors import BalanceError, DatasetError
 from hf_dflop.shapes import SHAPE_COLUMNS, Shapes

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from hf_dflop.cost import CostModel, ModelSpec
 from hf_dflop.data.rows_of_stream import RowReader
-from hf_dflop.data.sampler import Caps
+from hf_dflop.data.step_plan import Caps
 from hf_dflop.data.stream import BalancedStream
 from hf_dflop.errors import BalanceError, DatasetError
 from tests.distributed import tiny
