@@ -125,13 +125,13 @@ def _triples(num_ranks: int, degrees: list[int], num_layers: int) -> Iterator[tu
 
 def _shares(total: int, node: int) -> list[int]:
     """GPUs of the encoder that are tried: all numbers on a small cluster; on one of more than `MANY_GPUS` whole nodes,
-    with steps of at most a 32nd of the smaller side."""
+    with steps of at most a 16th of the smaller side."""
     if total <= MANY_GPUS:
         return list(range(1, total))
     found, size = [], node
     while size <= total // 2:
         found.append(size)
-        size += node * max(1, 2 ** int(np.log2(max(1, size // (32 * node)))))
+        size += node * max(1, 2 ** int(np.log2(max(1, size // (16 * node)))))
     return sorted({*found, *(total - size for size in found)})
 
 

@@ -98,6 +98,9 @@ def draw_scaling(results: dict[str, Any], path: Path) -> None:
         yscale="log",
         title="solid: both, dotted: homogeneous",
     )
+    right.yaxis.set_major_formatter("{x:g}")
+    right.yaxis.set_minor_formatter("{x:g}")
+    right.tick_params(axis="y", which="minor", labelsize=7)
     for axes in (left, right):
         axes.set_xticks([8, 16, 64, 256, 1024], ["8", "16", "64", "256", "1,024"])
         axes.grid(alpha=0.3)

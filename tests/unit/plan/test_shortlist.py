@@ -121,3 +121,18 @@ def test_constraints_on_all_layouts_are_those_on_plans(text: str) -> None:
     plans = [make_candidate(scorer.workload, layout, "1f1b", 1, 1, (False, False)) for layout in found]
     assert kept.tolist() == [plan is None or rules.rejects(plan) is None for plan in plans]
     assert 0 < ruled_out[text] == (~kept).sum() < len(found)
+
+
+def test_a_large_cluster_gives_the_encoder_whole_nodes() -> None:
+    spec = small_spec()
+    sizes = {
+        one.v_tp * one.v_pp * one.v_dp
+        for one in layouts(spec, Cluster(nodes=64, gpus_per_node=8, gpu=small_gpu()), 4096)
+        if one.placement == "disjoint"
+    }
+    assert all(size % 8 == 0 for size in sizes)
+    smaller = sorted(size for size in sizes if size <= 256)
+    assert smaller[0] == 8
+    assert smaller[-1] == 256
+    assert {512 - size for size in smaller} <= sizes
+    assert all(after - before <= max(8, before / 16) for before, after in itertools.pairwise(smaller))
