@@ -84,7 +84,8 @@ def main(arguments: list[str] | None = None) -> None:
             "planner",
             rows,
             command="python -m recipes.benchmarks.planner",
-            settings={"samples_per_gpu": 8, "repeats": given.repeats, "gpu": "A100-80GB"},
+            settings={"gpus": given.gpus, "samples_per_gpu": 8, "repeats": given.repeats, "gpu": "A100-80GB"},
+            notes=[f"{size:,} GPUs were left out of this run" for size in LIMITS if size not in given.gpus],
         )
         print(f"[bench] {save(result)}")
 

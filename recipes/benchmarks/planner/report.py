@@ -30,7 +30,7 @@ def section(result: Result) -> str:
                 first["winner"],
             ]
         )
-    header = ["GPUs", "model", "CPU", "aim", "memory", "layouts", "not ruled out at once", "winner"]
+    header = ["GPUs", "model", "CPU", "aim", "memory", "layouts", "not ruled out by bounds", "winner"]
     late = [row for row in rows if row[3] != "–" and float(row[2][:-2]) > float(row[3][:-2])]
     words = (
         f"In {len(late)} of {len(rows)} cases the planner is slower than it should be on this machine."
