@@ -29,7 +29,14 @@ from hf_dflop.integrations.describe import (
 )
 from hf_dflop.integrations.installing import install_sampler
 from hf_dflop.integrations.measured import MeasuredStep, gather_steps
-from hf_dflop.integrations.resume import SampleOrder, check_resumed, recalled, remember
+from hf_dflop.integrations.resume import (
+    SampleOrder,
+    check_resumed,
+    check_weights,
+    recalled,
+    remember,
+    seal_weights,
+)
 from hf_dflop.integrations.steplog import step_logs
 from hf_dflop.integrations.straggler import straggler_line
 from hf_dflop.integrations.streaming import install_stream, is_stream
@@ -224,6 +231,7 @@ class DflopCallback(TrainerCallback):
             assert self._order is not None
             if self._balance:
                 check_resumed(state, self._order, skips=not args.ignore_data_skip)
+                check_weights(state, trainer.accelerator.unwrap_model(trainer.model))
             if isinstance(self.sampler, BalancedStream) and (done := recalled(state)) and state.global_step:
                 # Trainer skips all microbatches that it ever trained on, as if they were of one epoch.
                 self._resume_step = done["step"] if not args.ignore_data_skip else 0
@@ -327,9 +335,22 @@ class DflopCallback(TrainerCallback):
             self._collect()
             self._correction.learn()
             self._correction.remember(state)
-        if self._order is not None:
-            epoch = self.sampler.epoch if isinstance(self.sampler, BalancedStream) else self._epoch
-            remember(state, self._order, epoch=epoch, step=self._step)
+        self._remember(state, control)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if control.should_save:
+            self._remember(state, control)
+
+    def _remember(self, state: TrainerState, control: TrainerControl) -> None:
+        if self._order is None:
+            return
+        epoch = self.sampler.epoch if isinstance(self.sampler, BalancedStream) else self._epoch
+        weights = (
+            seal_weights(self._trainer.accelerator.unwrap_model(self._trainer.model)) if control.should_save else {}
+        )
+        remember(state, self._order, epoch=epoch, step=self._step, weights=weights)
 
     def on_log(
         self,

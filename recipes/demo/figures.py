@@ -1,5 +1,6 @@
 """The report's figures, with plotly."""
 
+import re
 from typing import Any
 
 import numpy as np
@@ -137,7 +138,8 @@ def idle_and_throughput(summaries: list[ArmSummary]) -> go.Figure:
     for column, field in ((1, "idle_fraction"), (2, "ratio_to_stock")):
         for summary in summaries:
             values = getattr(summary, field)
-            name = NAMES.get(summary.arm, summary.arm)
+            # Narrow columns: a long name goes on in a second line, at its last space or underscore.
+            name = re.sub(r"^(.{5,}[ _])(?=[^ _]+$)", r"\1<br>", NAMES.get(summary.arm, summary.arm))
             figure.add_bar(
                 x=[name], y=[float(np.median(values))], marker_color=COLORS[summary.arm], opacity=0.55, width=0.6,
                 showlegend=False, row=1, col=column, hovertemplate="median %{y:.3f}<extra></extra>",

@@ -31,7 +31,7 @@ CASES: dict[str, dict[str, Any]] = {
     "dummy, reentrant": {"with_images": 0.07, "dummy": True, "checkpointing": True, "reentrant": True},
     "dummy and spread": {"with_images": 0.4, "dummy": True},
     # most steps have one image or none, for all ranks together
-    "one image for eight ranks": {"with_images": 0.07, "dummy": True, "ranks": 8, "samples": 16},
+    "one image for eight ranks": {"with_images": 0.03, "dummy": True, "ranks": 8, "samples": 16},
 }
 """What a case is; on 2 `ranks` and with 12 `samples` a step unless it says otherwise."""
 

@@ -95,6 +95,16 @@ def test_the_number_of_loader_workers_changes_nothing(num_workers: int) -> None:
         assert ids(loader) == ids(direct), epoch
 
 
+def test_reading_leaves_the_epoch_that_loader_workers_share_alone() -> None:
+    """`datasets` adds the difference to it: two workers that set it at once would get another epoch."""
+    source = stream_of(4, shuffled=True)
+    reader = RowReader(source)
+    read = [row["id"] for row in reader.rows(2)]
+    assert source.epoch == 0
+    source.set_epoch(2)
+    assert read == [row["id"] for row in source]
+
+
 def test_an_epoch_reshuffles_as_its_source_does() -> None:
     stream = build(stream_of(4, shuffled=True))
     first = ids(stream)
