@@ -78,8 +78,8 @@ def explain(planning: "Planning") -> str:
                 f"{_why(planning, other, theirs)}"
             )
     lines.append(
-        f"\nOf {result.num_layouts:,} layouts {result.num_bounded:,} were ruled out by a bound on their seconds, the others "
-        "by what follows, or plan by plan."
+        f"\nOf {result.num_layouts:,} layouts {result.num_bounded:,} were ruled out by a bound on their seconds, "
+        "the others by what follows, or plan by plan."
     )
     for reason, count in result.rejected.most_common():
         lines.append(f"  {count:,} ruled out by {reason}")

@@ -146,7 +146,7 @@ class _Draft(NamedTuple):
     layout: Layout
     schedule: str
     chunks: int
-    count: int
+    num_microbatches: int
     seconds: FloatArray
     """`(num_variants, num_batches)`: bounds under each recomputation, least first."""
 
@@ -251,7 +251,7 @@ class _Search:
             if np.isinf(known).any():
                 result.rejected["memory of microbatches in flight"] += 1
                 continue
-            plan = self.plan(draft.layout, draft.schedule, draft.chunks, draft.count, variant[:2])
+            plan = self.plan(draft.layout, draft.schedule, draft.chunks, draft.num_microbatches, variant[:2])
             if plan is None:
                 result.rejected["fewer layers than stages"] += 1
                 break
