@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hf_dflop.balance.assignment import Assignment, Groups
-from hf_dflop.balance.nesting import flat_groups, nested_groups
+from hf_dflop.balance.nesting import flat_groups, groups_in_time, nested_groups
 from hf_dflop.balance.problem import Problem, checked_problem
 from hf_dflop.balance.seed import seed_state
 from hf_dflop.balance.spread import spread_out
@@ -27,7 +27,7 @@ from hf_dflop.balance.step_bound import step_bound_ticks
 from hf_dflop.balance.ticks import to_seconds
 from hf_dflop.errors import BalanceError
 
-__all__ = ["assign"]
+__all__ = ["assign", "assign_flat"]
 
 PROPOSALS_PER_SAMPLE = 300
 MAX_PROPOSALS = 100_000
@@ -125,12 +125,8 @@ def assign(
     bound = step_bound_ticks(problem)
     limit = min(PROPOSALS_PER_SAMPLE * problem.num_samples, MAX_PROPOSALS) if proposals is None else proposals
     stock = None if baseline is None else flat_groups(baseline, problem)
-    group = _solve(problem, stock, bound, limit, seed)
+    problem, group = _best_group(problem, stock, bound, limit, seed)
     measured = _measure(problem, group)
-    if measured.excess and problem.is_spread is not None:  # the caps go first
-        problem = replace(problem, is_spread=None)
-        group = _solve(problem, stock, bound, limit, seed)
-        measured = _measure(problem, group)
     groups: Groups = nested_groups(problem, group)
     kept = False
     baseline_s = baseline_imbalance = float("nan")
@@ -159,6 +155,54 @@ def assign(
     )
 
 
+def assign_flat(
+    vision_s: Any,
+    llm_s: Any,
+    stock: npt.NDArray[np.int64],
+    *,
+    num_ranks: int,
+    num_slots: int,
+    objective: str,
+    padded: bool,
+    proposals: int,
+    kicks: int | None = None,
+) -> npt.NDArray[np.int64]:
+    """`assign` without caps and without a report, for searches that compose thousands of steps.
+
+    Args:
+        vision_s, llm_s, num_ranks, num_slots, objective, padded, proposals: as in `assign`.
+        stock: `(num_samples,)`, the stock grouping: slot × num_ranks + rank of each sample.
+        kicks (`int`, *optional*): of the partition that it starts from, see `partition`; by default as `assign` does.
+
+    Returns:
+        `(num_samples,)`: the grouping that `assign` makes, numbered as `stock`.
+    """
+    problem = checked_problem(
+        vision_s, llm_s, num_ranks=num_ranks, num_slots=num_slots, objective=objective, padded=padded, tokens=None,
+        max_tokens=None, patches=None, max_patches=None, spread=None,
+    )  # fmt: skip
+    problem, group = _best_group(problem, stock, step_bound_ticks(problem), proposals, 0, kicks)
+    if _measure(problem, stock) <= _measure(problem, group):
+        return stock
+    return groups_in_time(problem, group)
+
+
+def _best_group(
+    problem: Problem,
+    stock: npt.NDArray[np.int64] | None,
+    bound: float,
+    limit: int,
+    seed: int,
+    kicks: int | None = None,
+) -> tuple[Problem, npt.NDArray[np.int64]]:
+    """The grouping found, and the problem that it solves: without what was to be spread, if the caps forbid it."""
+    group = _solve(problem, stock, bound, limit, seed, kicks)
+    if problem.is_spread is not None and _measure(problem, group).excess:  # the caps go first
+        problem = replace(problem, is_spread=None)
+        group = _solve(problem, stock, bound, limit, seed, kicks)
+    return problem, group
+
+
 def _is_spread(spread: Any, group: npt.NDArray[np.int64], num_groups: int) -> bool:
     return bool(np.bincount(group[np.asarray(spread)], minlength=num_groups).all())
 
@@ -175,13 +219,18 @@ class _Measure(NamedTuple):
 
 
 def _solve(
-    problem: Problem, stock: npt.NDArray[np.int64] | None, bound: float, limit: int, seed: int
+    problem: Problem,
+    stock: npt.NDArray[np.int64] | None,
+    bound: float,
+    limit: int,
+    seed: int,
+    kicks: int | None,
 ) -> npt.NDArray[np.int64]:
     """The best grouping found; it exceeds the caps only if none was found that does not."""
     from hf_dflop.balance.search import search
     from hf_dflop.balance.starts import spread_slots, starts
 
-    candidates = [*starts(problem, seed), *([] if stock is None else [stock])]
+    candidates = [*starts(problem, seed, kicks), *([] if stock is None else [stock])]
     candidates = [spread_out(problem, candidate) for candidate in candidates]
     weights, caps, padded_caps = problem.limits
     target = int(bound * GOOD_ENOUGH)

@@ -60,8 +60,9 @@ def bound_ticks(ticks: npt.NDArray[np.int64], inverse_speed: npt.NDArray[np.floa
         running = np.cumsum(descending)
         few = min(len(descending), num_buckets)
         best = max(best, float((running[:few] / capacity[:few]).max()), float(running[-1] / capacity[-1]))
-        for k in range(1, (len(descending) - 1) // num_buckets + 1):
-            last = k * num_buckets  # of the largest k·m + 1 samples, the k + 1 smallest
-            smallest = int(running[last]) - (int(running[last - k - 1]) if last - k - 1 >= 0 else 0)
-            best = max(best, smallest * float(inverse_speed.min()))
+        k = np.arange(1, (len(descending) - 1) // num_buckets + 1)
+        if k.size:  # of the largest k·m + 1 samples, the k + 1 smallest
+            before = k * num_buckets - k - 1
+            smallest = running[k * num_buckets] - np.where(before >= 0, running[before], 0)
+            best = max(best, int(smallest.max()) * float(inverse_speed.min()))
     return best

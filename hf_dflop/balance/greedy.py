@@ -33,6 +33,80 @@ def lpt_orders(ticks: npt.NDArray[np.int64]) -> list[npt.NDArray[np.int64]]:
 
 
 @njit(cache=True, nogil=True)
+def _sift(load, heap, size):
+    """Let the root of a heap of buckets, ordered by (load, number), sink to its place."""
+    at = 0
+    held = heap[0]
+    while True:
+        child = 2 * at + 1
+        if child >= size:
+            break
+        if child + 1 < size:
+            a, b = heap[child], heap[child + 1]
+            if load[b] < load[a] or (load[b] == load[a] and b < a):
+                child += 1
+        other = heap[child]
+        if load[other] > load[held] or (load[other] == load[held] and other > held):
+            break
+        heap[at] = other
+        at = child
+    heap[at] = held
+
+
+@njit(cache=True, nogil=True)
+def _scalar_lpt(order, cost, num_buckets):
+    """`vector_lpt` of one component, equal speeds and no caps, with the same result: the bucket is the emptiest, of
+    equals the first, from a heap."""
+    load = np.zeros(num_buckets)
+    heap = np.arange(num_buckets)
+    bucket = np.empty(order.size, dtype=np.int64)
+    num_open = 0  # a bucket without a sample is never chosen before one with a smaller number
+    for step in range(order.size):
+        sample = order[step]
+        if order.size - step <= num_buckets - num_open:  # the rest is just enough to fill the empty buckets
+            b = np.int64(num_open)
+        else:
+            b = heap[0]
+        if b == num_open:
+            num_open += 1
+        bucket[sample] = b
+        load[b] += cost[sample]
+        _sift(load, heap, num_buckets)
+    return bucket
+
+
+@njit(cache=True, nogil=True)
+def _pair_lpt(order, costs, num_buckets):
+    """`vector_lpt` of two components, equal speeds and no caps, with the same result."""
+    first = np.zeros(num_buckets)
+    second = np.zeros(num_buckets)
+    bucket = np.empty(order.size, dtype=np.int64)
+    num_open = 0  # as above: empty buckets are alike, and the first of equals is chosen
+    for step in range(order.size):
+        sample = order[step]
+        a = costs[sample, 0]
+        c = costs[sample, 1]
+        best = num_open
+        if order.size - step > num_buckets - num_open:
+            best_peak = np.inf
+            best_total = np.inf
+            for b in range(num_buckets):
+                x = first[b] + a
+                y = second[b] + c
+                peak = max(x, y)
+                if peak < best_peak or (peak == best_peak and x + y < best_total):
+                    best = b
+                    best_peak = peak
+                    best_total = x + y
+        if best == num_open:
+            num_open += 1
+        bucket[sample] = best
+        first[best] += a
+        second[best] += c
+    return bucket
+
+
+@njit(cache=True, nogil=True)
 def vector_lpt(order, costs, inverse_speed, weights, caps):
     """Bucket of each sample, `(num_samples,)` int64.
 
@@ -42,6 +116,11 @@ def vector_lpt(order, costs, inverse_speed, weights, caps):
     num_samples, num_components = costs.shape
     num_buckets = inverse_speed.size
     num_caps = caps.size
+    if num_caps == 0 and inverse_speed.min() == 1.0 and inverse_speed.max() == 1.0:
+        if num_components == 1:
+            return _scalar_lpt(order, costs[:, 0], num_buckets)
+        if num_components == 2:
+            return _pair_lpt(order, costs, num_buckets)
     load = np.zeros((num_buckets, num_components))
     used = np.zeros((num_buckets, num_caps), dtype=np.int64)
     count = np.zeros(num_buckets, dtype=np.int64)

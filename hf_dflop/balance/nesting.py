@@ -11,7 +11,7 @@ from hf_dflop.balance.objective import OBJECTIVES
 from hf_dflop.balance.problem import Problem
 from hf_dflop.errors import BalanceError
 
-__all__ = ["flat_groups", "nested_groups"]
+__all__ = ["flat_groups", "groups_in_time", "nested_groups", "slots_in_time"]
 
 
 def flat_groups(baseline: Sequence[Sequence[Any]], problem: Problem) -> npt.NDArray[np.int64]:
@@ -34,8 +34,9 @@ def flat_groups(baseline: Sequence[Sequence[Any]], problem: Problem) -> npt.NDAr
     return group
 
 
-def nested_groups(problem: Problem, group: npt.NDArray[np.int64]) -> Groups:
-    """Sample positions per rank and slot, heavy microbatches first where their order in time is free."""
+def slots_in_time(problem: Problem, group: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """`(num_ranks, num_slots)`: the slot that each rank runs first, second, ...: heavy microbatches first where their
+    order in time is free."""
     vision, llm = problem.group_costs(group)
     shape = (problem.num_slots, problem.num_ranks)
     v, c = vision.reshape(shape).T, llm.reshape(shape).T  # (num_ranks, num_slots)
@@ -45,6 +46,21 @@ def nested_groups(problem: Problem, group: npt.NDArray[np.int64]) -> Groups:
     elif problem.objective in ("slot", "stage"):
         slot_cost = [int(OBJECTIVES[problem.objective](v[:, [s]], c[:, [s]])) for s in range(problem.num_slots)]
         slots = np.tile(np.argsort(-np.array(slot_cost), kind="stable"), (problem.num_ranks, 1))
+    return slots
+
+
+def nested_groups(problem: Problem, group: npt.NDArray[np.int64]) -> Groups:
+    """Sample positions per rank and slot, in the order of `slots_in_time`."""
+    slots = slots_in_time(problem, group)
     order = np.argsort(group, kind="stable")
     members = np.split(order, np.cumsum(np.bincount(group, minlength=problem.num_groups))[:-1])
     return tuple(tuple(members[s * problem.num_ranks + r] for s in slots[r]) for r in range(problem.num_ranks))
+
+
+def groups_in_time(problem: Problem, group: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """The same as `nested_groups` as a group of each sample: number slot × num_ranks + rank."""
+    number = np.empty(problem.num_groups, dtype=np.int64)
+    slots = slots_in_time(problem, group)
+    ranks = np.arange(problem.num_ranks)[:, None]
+    number[slots * problem.num_ranks + ranks] = np.arange(problem.num_slots) * problem.num_ranks + ranks
+    return number[group]

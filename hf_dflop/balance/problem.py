@@ -79,15 +79,13 @@ class Problem:
 
     def group_costs(self, group: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Vision and LLM ticks of each group, `(num_groups,)` each; `group` is the group of each sample."""
-        vision = np.zeros(self.num_groups, dtype=np.int64)
+        # float64 holds sums of ticks exactly
+        vision = np.bincount(group, self.vision, self.num_groups).astype(np.int64)
+        if not self.padded:
+            return vision, np.bincount(group, self.llm, self.num_groups).astype(np.int64)
         llm = np.zeros(self.num_groups, dtype=np.int64)
-        np.add.at(vision, group, self.vision)
-        if self.padded:
-            np.maximum.at(llm, group, self.llm)
-            llm *= np.bincount(group, minlength=self.num_groups)
-        else:
-            np.add.at(llm, group, self.llm)
-        return vision, llm
+        np.maximum.at(llm, group, self.llm)
+        return vision, llm * np.bincount(group, minlength=self.num_groups)
 
 
 def checked_problem(

@@ -9,6 +9,8 @@ spread over the rank's slots by size. Padded: runs of the order by length, once 
 least padding. Measured: padded starts that ignore length are no better than random order.
 """
 
+import heapq
+
 import numpy as np
 import numpy.typing as npt
 
@@ -25,8 +27,8 @@ __all__ = ["place", "spread_slots", "starts"]
 Groups = npt.NDArray[np.int64]
 
 
-def starts(problem: Problem, seed: int) -> list[Groups]:
-    """Groupings of all samples, placed; not all need satisfy the caps. `seed`: of the search for a partition."""
+def starts(problem: Problem, seed: int, kicks: int | None = None) -> list[Groups]:
+    """Groupings of all samples, placed; not all need satisfy the caps. `seed`, `kicks`: of the partition's search."""
     both = np.stack([problem.vision, problem.llm], axis=1)
     found: list[Groups] = []
     if problem.padded:
@@ -37,7 +39,7 @@ def starts(problem: Problem, seed: int) -> list[Groups]:
             found.append(spread_slots(problem, rank))
     if not problem.padded:
         ticks = both if problem.objective in ("stage", "pipeline") else both.sum(axis=1)[:, None]
-        parts = _partition(problem, ticks, seed)
+        parts = _partition(problem, ticks, seed, kicks)
         # With ranks of different speed, the parts were already made for their places.
         found.append(place(problem, parts) if problem.is_even else parts)
     if problem.caps.size:
@@ -53,16 +55,27 @@ def place(problem: Problem, group: Groups) -> Groups:
     number = np.empty(problem.num_groups, dtype=np.int64)
     ranks = problem.num_ranks
     if problem.objective == "step":  # heaviest group first, to the rank with the least so far and a free slot
-        load = [0] * ranks
+        slowness = problem.slowness.tolist()
+        costs = (vision + llm).tolist()
         taken = [0] * ranks
-        for g in order.tolist():
-            cost = int(vision[g] + llm[g])
-            free = [r for r in range(ranks) if taken[r] < problem.num_slots]
-            after = {r: (load[r] + cost) * int(problem.slowness[r]) for r in free}
-            rank = min(free, key=lambda r: (after[r], r))
-            number[g] = taken[rank] * ranks + rank
-            load[rank] += cost
-            taken[rank] += 1
+        if problem.is_even:
+            emptiest = [(0, r) for r in range(ranks)]  # a heap of (load, rank) of the ranks with a free slot
+            for g in order.tolist():
+                load, rank = emptiest[0]
+                number[g] = taken[rank] * ranks + rank
+                taken[rank] += 1
+                if taken[rank] < problem.num_slots:
+                    heapq.heapreplace(emptiest, (load + costs[g], rank))
+                else:
+                    heapq.heappop(emptiest)
+        else:
+            loads = [0] * ranks
+            for g in order.tolist():
+                free = (r for r in range(ranks) if taken[r] < problem.num_slots)
+                rank = min(free, key=lambda r: ((loads[r] + costs[g]) * slowness[r], r))
+                number[g] = taken[rank] * ranks + rank
+                loads[rank] += costs[g]
+                taken[rank] += 1
     else:  # equals side by side, ranks in alternating direction, or the heaviest of a slot to the fastest rank
         position = np.arange(problem.num_groups)
         slot, rank_of = position // ranks, position % ranks
@@ -96,12 +109,12 @@ def _lpt(
     return bucket
 
 
-def _partition(problem: Problem, ticks: npt.NDArray[np.int64], seed: int) -> Groups:
+def _partition(problem: Problem, ticks: npt.NDArray[np.int64], seed: int, kicks: int | None) -> Groups:
     """The partition of `ticks` into all microbatches; within the caps where it can be."""
     slow = np.tile(problem.inverse_speed, problem.num_slots)
     bound = bound_ticks(ticks, slow)
     try:
-        return partition_ticks(ticks, slow, problem.weights, problem.caps, bound, seed, None)[0]
+        return partition_ticks(ticks, slow, problem.weights, problem.caps, bound, seed, kicks)[0]
     except BalanceError:  # the caps are too tight for this start; the search repairs another one
         return _lpt(problem, ticks, slow)
 

@@ -23,6 +23,7 @@ __all__ = [
     "Trainable",
     "encoder_counts",
     "forward_terms",
+    "linear_flops_per_position",
     "llm_flops",
     "llm_terms",
     "module_flops",
@@ -64,7 +65,7 @@ class ModuleFlops:
         return self.vision + self.connector + self.llm + self.llm_head
 
 
-def _linear_flops_per_position(spec: TransformerSpec) -> float:
+def linear_flops_per_position(spec: TransformerSpec) -> float:
     """Forward FLOPs of the layers' weights for one position: projections and MLPs."""
     queries, keys = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
     projections = 2 * spec.hidden * (2 * queries + 2 * keys)
@@ -114,7 +115,7 @@ def llm_terms(spec: ModelSpec, tokens: npt.ArrayLike, *, causal_factor: float = 
     num_global = llm.num_layers - llm.num_windowed_layers
     pairs = num_global * global_pairs + llm.num_windowed_layers * window_pairs
     return {
-        "llm_linear": _linear_flops_per_position(llm) * length,
+        "llm_linear": linear_flops_per_position(llm) * length,
         "llm_attention": _attention_flops_per_pair(llm) * pairs,
         "llm_head": 2.0 * llm.hidden * llm.vocab * length,
     }
@@ -162,7 +163,7 @@ def vision_terms(spec: ModelSpec, shapes: Shapes) -> dict[str, FloatArray]:
     sizes = [2.0 * fan_in * fan_out for fan_in, fan_out in connector.linears]
     return {
         "patch_embed": 2.0 * patch_values * vision.hidden * patches,
-        "vision_linear": _linear_flops_per_position(vision) * positions,
+        "vision_linear": linear_flops_per_position(vision) * positions,
         "vision_attention": _attention_flops_per_pair(vision) * layer_pairs,
         "vision_pooling": pooling,
         "connector_first": sizes[0] * rows,
@@ -185,7 +186,7 @@ def _recomputed_share(spec: TransformerSpec) -> float:
         return 1.0
     num_dense = spec.num_layers - spec.num_moe_layers
     last = 2.0 * num_dense * spec.hidden * spec.intermediate
-    return 1.0 - last / _linear_flops_per_position(spec)
+    return 1.0 - last / linear_flops_per_position(spec)
 
 
 def train_factors(

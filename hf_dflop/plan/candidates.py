@@ -6,13 +6,16 @@ search space; brute force over both is the test of the search.
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
+import numpy.typing as npt
+
 from hf_dflop.errors import PlanError
 from hf_dflop.plan.bound import Variant, layers_of
 from hf_dflop.plan.plan import ModulePlan, Plan
-from hf_dflop.plan.space import Layout
+from hf_dflop.plan.space import Layout, LayoutTable
 from hf_dflop.plan.workload import Workload
 
-__all__ = ["SEARCHED_SCHEDULES", "checkpointing_variants", "draft_plans", "make_candidate"]
+__all__ = ["SEARCHED_SCHEDULES", "checkpointing_variants", "count_range", "draft_plans", "make_candidate"]
 
 SEARCHED_SCHEDULES = ("1f1b", "zero-bubble", "interleaved")
 """Schedules that are tried, in this order; the data-aware order is chosen at run time, and never worse."""
@@ -36,6 +39,14 @@ def microbatch_counts(layout: Layout, global_batch_size: int) -> list[int]:
     counts = [2**k for k in reversed(range(most.bit_length()))]
     depth = layout.l_pp + (layout.v_pp if layout.placement == "disjoint" else 0)
     return [count for count in counts if 2 * count >= depth] or counts[:1]
+
+
+def count_range(table: LayoutTable, global_batch_size: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """The fewest and the most microbatches that `microbatch_counts` gives, of each layout."""
+    most = np.minimum(MAX_MICROBATCHES, np.maximum(1, global_batch_size // table.column("l_dp")))
+    most = 2 ** np.floor(np.log2(most)).astype(np.int64)
+    fewest = 2 ** np.ceil(np.log2(np.maximum(1, table.depth / 2))).astype(np.int64)
+    return np.minimum(fewest, most), most
 
 
 def draft_plans(layout: Layout, global_batch_size: int, schedules: Sequence[str]) -> Iterator[tuple[str, int, int]]:

@@ -3,30 +3,41 @@
 In: replicas, number of microbatches, what one encoder second weighs against one LLM second. Out: for each batch a
 `Composition`: seconds and counts of every microbatch, from which the stages of any plan follow by multiplication.
 
-Composed by `hf_dflop.balance.assign`, which the sampler runs. The weight is rounded to a half power of two, so that
-plans that differ little share a composition; seconds are not rounded.
+Composed by the code of `hf_dflop.balance.assign`, which the sampler runs, with fewer proposals. Plans that differ
+little share a composition: the weight of an encoder second is rounded to a half power of two where encoder and LLM
+have their own ranks, and to a hundredth where they share them. Seconds are not rounded.
+
+A batch of more than `MAX_TOGETHER` samples is composed in parts: replicas in equal shares, each with every k-th
+sample by size. So the planner's time grows with the samples and not with their square.
 """
 
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from hf_dflop.balance import assign
-from hf_dflop.plan.stage_seconds import Groups, SampleSeconds, share_images
-from hf_dflop.plan.step import stock_groups
+from hf_dflop.balance.assign import assign_flat
+from hf_dflop.plan.stage_seconds import SampleSeconds, share_places
 from hf_dflop.plan.workload import Workload
 from hf_dflop.shapes import Shapes
 
-__all__ = ["Composer", "Composition"]
+__all__ = ["Composer", "Composition", "Weight"]
 
 FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
 PROPOSALS_PER_MICROBATCH = 100
 """Changes that the balancer tries while plans are compared; the sampler tries more."""
-MAX_PROPOSALS = 20_000
+MAX_PROPOSALS = 10_000
 """Of one batch, so that a composition for thousands of GPUs does not take seconds."""
+MAX_TOGETHER = 1024
+KEPT_BYTES = 96 * 2**20
+"""Of compositions, and of groupings, that are remembered."""
+Weight = float
+"""Of an encoder second against an LLM second, both without recomputation."""
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -45,8 +56,35 @@ class Composition:
     """`(D, M)`: LLM tokens, with padding."""
     image_tokens: FloatArray
     """`(D, M)`."""
+    largest: tuple[FloatArray, FloatArray]
+    """`(M,)` each: the most encoder positions, and LLM tokens, that the k + 1 largest microbatches of a replica have
+    together."""
     forward_from: Any
     backward_from: Any
+
+    @property
+    def num_bytes(self) -> int:
+        arrays = (self.vision, self.llm, self.head, self.positions, self.tokens, self.image_tokens)
+        return sum(one.nbytes for one in (*arrays, self.forward_from, self.backward_from))
+
+
+class _Remembered(Generic[Value]):
+    """What was made last, within `KEPT_BYTES`."""
+
+    def __init__(self, make: Callable[..., Value], size: Callable[[Value], int]) -> None:
+        self._make, self._size = make, size
+        self._kept: OrderedDict[Hashable, Value] = OrderedDict()
+        self._bytes = 0
+
+    def __call__(self, *key: Any) -> Value:
+        if key in self._kept:
+            self._kept.move_to_end(key)
+            return self._kept[key]
+        made = self._kept[key] = self._make(*key)
+        self._bytes += self._size(made)
+        while self._bytes > KEPT_BYTES and len(self._kept) > 1:
+            self._bytes -= self._size(self._kept.popitem(last=False)[1])
+        return made
 
 
 class Composer:
@@ -54,31 +92,36 @@ class Composer:
 
     def __init__(self, workload: Workload) -> None:
         self.workload = workload
-        self._groups = lru_cache(maxsize=4096)(self._compose)
-        self.composition = lru_cache(maxsize=1024)(self._composition)
+        self._groups = _Remembered(self._compose, lambda group: group.nbytes)
+        self.composition = _Remembered(self._composition, lambda made: made.num_bytes)
 
-    def _compose(
-        self, batch: int, again: tuple[bool, bool], replicas: int, num: int, objective: str, weight: int, balance: bool
-    ) -> Groups:
-        seconds = self.workload.seconds(*again)[batch]
-        stock = stock_groups(seconds.vision.size, replicas, num)
+    def _compose(self, batch: int, replicas: int, num: int, objective: str, weight: Weight, balance: bool) -> IntArray:
+        """Microbatch × replicas + replica of each sample."""
+        seconds = self.workload.seconds(False, False)[batch]
+        size = seconds.vision.size
         if not balance or replicas * num == 1:
-            return stock
-        vision, llm = seconds.vision, seconds.llm
-        if objective == "pipeline":
-            vision = vision * 2.0 ** (weight / 2)
-        elif objective == "joined":  # on one rank, one after the other
+            return _stock(size, replicas * num)
+        vision, llm = weight * seconds.vision, seconds.llm
+        if objective == "joined":  # on one rank, one after the other
             objective, vision, llm = "pipeline", np.zeros_like(llm), vision + llm
-        return assign(
-            vision,
-            llm,
-            num_ranks=replicas,
-            num_slots=num,
-            objective=objective,
-            padded=self.workload.padded,
-            baseline=stock,
-            proposals=min(MAX_PROPOSALS, PROPOSALS_PER_MICROBATCH * replicas * num),
-        ).groups
+        group = np.empty(size, dtype=np.int64)
+        parts = min(replicas, -(-size // MAX_TOGETHER))
+        of_replica = np.arange(replicas) * parts // replicas
+        for part, own in enumerate(_dealt(vision + llm, of_replica)):
+            ranks = np.flatnonzero(of_replica == part)
+            found = assign_flat(
+                vision[own],
+                llm[own],
+                _stock(own.size, ranks.size * num),
+                num_ranks=ranks.size,
+                num_slots=num,
+                objective=objective,
+                padded=self.workload.padded,
+                proposals=min(MAX_PROPOSALS // parts, PROPOSALS_PER_MICROBATCH * ranks.size * num),
+                kicks=None if parts == 1 else 0,
+            )
+            group[own] = found // ranks.size * replicas + ranks[0] + found % ranks.size
+        return group
 
     def _composition(
         self,
@@ -87,58 +130,85 @@ class Composer:
         replicas: int,
         num: int,
         objective: str,
-        weight: int,
+        weight: Weight,
         balance: bool,
         encoders: int,
         own: bool,
     ) -> Composition:
         """Of one batch. `objective`: one of the balancer's, or "joined" (encoder and LLM's first stage on one rank);
-        `weight`: of an encoder second, in half powers of two; `own`: every replica encodes its own images."""
-        groups = self._groups(batch, again, replicas, num, objective, weight, balance)
-        shapes = self.workload.batches[batch]
+        `own`: every replica encodes its own images."""
         return composition(
-            self.workload.seconds(*again)[batch], shapes, groups, encoders, own=own, padded=self.workload.padded,
+            self.workload.seconds(*again)[batch],
+            self.workload.batches[batch],
+            self._groups(batch, replicas, num, objective, weight, balance),
+            replicas,
+            num,
+            encoders,
+            own=own,
+            padded=self.workload.padded,
             class_tokens=self.workload.spec.class_tokens,
-        )  # fmt: skip
+        )
+
+
+def _stock(num_samples: int, num_groups: int) -> IntArray:
+    """The grouping that `stock_groups` makes: runs of the sampler's order, round the ranks."""
+    each, more = divmod(num_samples, num_groups)
+    sizes = np.full(num_groups, each)
+    sizes[:more] += 1
+    return np.repeat(np.arange(num_groups), sizes)
+
+
+def _dealt(cost: FloatArray, of_replica: IntArray) -> list[IntArray]:
+    """The samples of each part, ascending: dealt to the replicas by size, there and back, as to players. Every
+    replica gets as many as it has microbatches at least."""
+    if not of_replica.any():
+        return [np.arange(cost.size)]
+    replicas = of_replica.size
+    turn, seat = np.divmod(np.arange(cost.size), replicas)
+    player = np.where(turn % 2 == 0, seat, replicas - 1 - seat)
+    part = np.empty(cost.size, dtype=np.int64)
+    part[np.argsort(-cost, kind="stable")] = of_replica[player]
+    return [np.flatnonzero(part == number) for number in range(int(of_replica[-1]) + 1)]
 
 
 def composition(
     seconds: SampleSeconds,
     shapes: Shapes,
-    groups: Groups,
+    group: IntArray,
+    replicas: int,
+    num: int,
     encoders: int,
     *,
     own: bool,
     padded: bool,
     class_tokens: int = 0,
 ) -> Composition:
-    """Seconds and counts of the microbatches `groups`."""
-    replicas, num = len(groups), len(groups[0])
-    flat = [np.asarray(groups[d][m], dtype=np.int64) for d in range(replicas) for m in range(num)]
-    sizes = np.array([group.size for group in flat])
-    order = np.concatenate(flat)
-    place = np.empty(len(shapes), dtype=np.int64)
-    place[order] = np.repeat(np.arange(replicas * num), sizes)
-    owner, forward_from, backward_from = share_images(shapes, groups, encoders, own=own)
+    """Seconds and counts of microbatches; `group`: microbatch × replicas + replica of each sample."""
+    order = np.argsort(group, kind="stable")
+    owner, forward_from, backward_from = share_places(shapes, order, group[order], replicas, num, encoders, own=own)
+    place = group % replicas * num + group // replicas
     has = owner >= 0
-    encoder_place = owner[has] * num + place[has] % num
+    encoder_place = owner[has] * num + group[has] // replicas
 
     def of_llm(values: npt.NDArray[Any]) -> FloatArray:
         if not padded:
             return _sums(place, values, (replicas, num))
         most = np.zeros(replicas * num)
         np.maximum.at(most, place, values)
-        return (most * sizes).reshape(replicas, num)
+        return (most * np.bincount(place, minlength=replicas * num)).reshape(replicas, num)
 
     def of_encoder(values: npt.NDArray[Any]) -> FloatArray:
         return _sums(encoder_place, values[has], (encoders, num))
 
+    positions = of_encoder(shapes.image_patches + class_tokens * shapes.image_tiles)
+    tokens = of_llm(shapes.llm_tokens)
     return Composition(
         vision=np.stack([of_encoder(seconds.vision_forward), of_encoder(seconds.vision_backward)]),
         llm=np.stack([of_llm(seconds.llm_forward), of_llm(seconds.llm_backward)]),
         head=np.stack([of_llm(seconds.head_forward), of_llm(seconds.head_backward)]),
-        positions=of_encoder(shapes.image_patches + class_tokens * shapes.image_tiles),
-        tokens=of_llm(shapes.llm_tokens),
+        positions=positions,
+        tokens=tokens,
+        largest=(_largest_sums(positions), _largest_sums(tokens)),
         image_tokens=_sums(place, shapes.image_tokens, (replicas, num)),
         forward_from=forward_from,
         backward_from=backward_from,
@@ -148,3 +218,7 @@ def composition(
 def _sums(place: npt.NDArray[np.int64], values: npt.NDArray[Any], shape: tuple[int, int]) -> FloatArray:
     """Sum of the values at each place, `shape`."""
     return np.bincount(place, values, shape[0] * shape[1]).reshape(shape).astype(np.float64)
+
+
+def _largest_sums(counts: FloatArray) -> FloatArray:
+    return np.cumsum(np.sort(counts, axis=1)[:, ::-1], axis=1).max(axis=0)

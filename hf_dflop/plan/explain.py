@@ -79,7 +79,7 @@ def explain(planning: "Planning") -> str:
             )
     lines.append(
         f"\nOf {result.num_layouts:,} layouts {result.num_bounded:,} were ruled out by a bound on their seconds, "
-        f"{planning.result.num_layouts - result.num_bounded:,} were looked at plan by plan."
+        "the others by what follows, or plan by plan."
     )
     for reason, count in result.rejected.most_common():
         lines.append(f"  {count:,} ruled out by {reason}")

@@ -8,6 +8,7 @@ Assumptions: attention keeps no scores (SDPA, flash attention); in-flight microb
 which is safe and seldom exact.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
@@ -20,6 +21,7 @@ from hf_dflop.cost.spec import ModelSpec
 from hf_dflop.plan.actions import Kind
 from hf_dflop.plan.compiled import KIND_CODE, CompiledOrder
 from hf_dflop.plan.compose import Composition
+from hf_dflop.plan.padded_heads import padded_encoder
 from hf_dflop.plan.plan import Plan
 from hf_dflop.plan.workload import Workload
 
@@ -37,25 +39,20 @@ class MemoryRule:
     reserve_bytes: float = 1.5 * 2**30
     """For the driver's context and communication buffers."""
 
-    def settings_of(self, plan: Plan) -> MemorySettings:
-        """The settings under a plan."""
+    def settings_of(self, frozen: Sequence[str], again: tuple[bool, bool], shards: int) -> MemorySettings:
+        """The settings with these modules frozen, (encoder, LLM) recomputation, and FSDP over so many shards."""
         return replace(
             self.settings,
             trainable=Trainable(
-                vision="vision" not in plan.frozen,
-                connector="connector" not in plan.frozen,
-                llm="llm" not in plan.frozen,
+                vision="vision" not in frozen,
+                connector="connector" not in frozen,
+                llm="llm" not in frozen,
             ),
-            vision_checkpointing=plan.vision.checkpointing,
-            llm_checkpointing=plan.llm.checkpointing,
-            zero_stage=3 if plan.fsdp_shards > 1 else 0,
-            shards=plan.fsdp_shards,
+            vision_checkpointing=again[0],
+            llm_checkpointing=again[1],
+            zero_stage=3 if shards > 1 else 0,
+            shards=shards,
         )
-
-
-@lru_cache(maxsize=65536)
-def _memory(spec: ModelSpec, layers: StageLayers, settings: MemorySettings, v_tp: int, l_tp: int) -> StageMemory:
-    return stage_memory(spec, layers, settings, vision_tp=v_tp, llm_tp=l_tp)
 
 
 def _rank_layers(plan: Plan) -> list[tuple[StageLayers, int, int]]:
@@ -84,7 +81,7 @@ def _rank_layers(plan: Plan) -> list[tuple[StageLayers, int, int]]:
     return found
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=128)
 def in_flight(order: CompiledOrder) -> npt.NDArray[np.int64]:
     """Most microbatches of each stage between the start of their forward and the end of their backward,
     `(num_stages,)`; 1 for a stage without backward."""
@@ -95,11 +92,6 @@ def in_flight(order: CompiledOrder) -> npt.NDArray[np.int64]:
         change = np.where(kinds == forward, 1, np.where(kinds == last, 0, -1))
         found[stage] = np.cumsum(change).max()
     return found
-
-
-def _largest_sums(counts: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """`(replicas, M)` counts → `(M,)`: the most that the k + 1 largest microbatches of a replica have together."""
-    return np.cumsum(np.sort(counts, axis=1)[:, ::-1], axis=1).max(axis=0)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -115,21 +107,27 @@ class RankMemories:
     """That the optimizer reads and writes, on the rank that holds most."""
 
 
-def rank_memories(plan: Plan, spec: ModelSpec, rule: MemoryRule) -> RankMemories:
-    """Of a plan's layers; replicas, microbatches and the schedule make no difference."""
-    settings = rule.settings_of(plan)
-    held = [_memory(spec, layers, settings, *tp) for layers, *tp in _rank_layers(plan)]
+def rank_memories(
+    plan: Plan, spec: ModelSpec, rule: MemoryRule, made: dict[object, StageMemory] | None = None
+) -> RankMemories:
+    """Of a plan's layers; replicas, microbatches and the schedule make no difference. `made`: what ranks hold, kept
+    between plans of one model and rule."""
+    settings = rule.settings_of(plan.frozen, (plan.vision.checkpointing, plan.llm.checkpointing), plan.fsdp_shards)
+    made = {} if made is None else made  # most ranks of a pipeline hold the same
+    ways = (plan.frozen, plan.vision.checkpointing, plan.llm.checkpointing, plan.fsdp_shards)
+    held = []
+    for layers, v_tp, l_tp in _rank_layers(plan):
+        key = (layers, v_tp, l_tp, ways)
+        if key not in made:
+            held_spec = padded_encoder(spec, v_tp)
+            made[key] = stage_memory(held_spec, layers, settings, vision_tp=v_tp, llm_tp=l_tp)
+        held.append(made[key])
     return RankMemories(
         np.array([one.static_bytes for one in held]),
         np.array([[getattr(one, name).kept_per_token_bytes for one in held] for name in ("vision", "llm")]),
         np.array([[getattr(one, name).extra_per_token_bytes for one in held] for name in ("vision", "llm")]),
         max(2 * one.optimizer_bytes + 2 * one.parameters_bytes + one.gradients_bytes for one in held),
     )
-
-
-@lru_cache(maxsize=2048)
-def _largest_of(made: Composition) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    return _largest_sums(made.positions), _largest_sums(made.tokens)
 
 
 def rank_bytes(
@@ -153,7 +151,7 @@ def rank_bytes(
         `(num_pipeline_ranks,)`; a pipeline rank's stages are counted as if each were at its fullest at the same time.
     """
     if batches:
-        sums_of = [_largest_of(made) for made in batches]
+        sums_of = [made.largest for made in batches]
     else:  # the k largest microbatches of the fullest replica hold no less than k mean ones
         counts = np.arange(1, plan.num_microbatches + 1) / plan.num_microbatches
         sums_of = [

@@ -21,6 +21,7 @@ from hf_dflop.plan.cluster import Cluster
 from hf_dflop.plan.constraints import Constraints
 from hf_dflop.plan.fit_memory import MemoryRule
 from hf_dflop.plan.plan import SCHEDULES, Plan
+from hf_dflop.plan.remedies import remedies
 from hf_dflop.plan.score import Scorer
 from hf_dflop.plan.search import SearchResult, search
 from hf_dflop.plan.space import layouts
@@ -30,6 +31,8 @@ from hf_dflop.shapes import Shapes
 __all__ = ["Planning", "Score", "make_plan", "nothing_fits"]
 
 NUM_FINAL_BATCHES = 12
+MAX_FINAL_SAMPLES = 60_000
+"""Samples over all the batches of the final scores: twelve batches, fewer of large ones, which differ less."""
 MAX_SEARCH_SAMPLES = 6_000
 """Samples over all the batches of a search: three batches, fewer where batches are large."""
 
@@ -153,7 +156,8 @@ def make_plan(
     rules, rule = Constraints(constraints), memory or MemoryRule()
     if num_batches is None:
         num_batches = int(np.clip(MAX_SEARCH_SAMPLES // max(1, global_batch_size), 1, 3))
-    drawn = draw_batches(shapes, global_batch_size, num_batches + NUM_FINAL_BATCHES, seed)
+    num_final = int(np.clip(MAX_FINAL_SAMPLES // max(1, global_batch_size), 3, NUM_FINAL_BATCHES))
+    drawn = draw_batches(shapes, global_batch_size, num_batches + num_final, seed)
     ways: dict[str, Any] = {"frozen": tuple(frozen), "cached_features": cached_features, "padded": padded}
     scorer = Scorer(Workload(cost_model, drawn[:num_batches], **ways), cluster, rule)
     found = list(layouts(spec, cluster, global_batch_size))
@@ -224,11 +228,12 @@ def nothing_fits(result: SearchResult, scorer: Scorer, found: Sequence[Any], rul
     if result.closest is not None and any("memory" in reason for reason in result.rejected):
         need, plan = result.closest
         room = float(scorer.room(plan).min()) / 2**30
-        text += (
-            f" The nearest needs {need * room:.1f} GiB of {room:.1f} GiB: {describe_layout(plan)}. "
-            f"{int(np.ceil(need * scorer.cluster.num_gpus))} or more GPUs, GPUs with more memory, a frozen module, or "
-            "a smaller optimizer would help."
-        )
+        text += f" The nearest needs {need * room:.1f} GiB of {room:.1f} GiB: {describe_layout(plan)}."
+        fitting = [f"{change} ({describe_layout(plan)})" for change, plan in remedies(scorer, rules)]
+        if fitting:
+            text += f" This would fit: {'; '.join(fitting)}."
+        else:
+            text += " Neither more nodes, nor larger GPUs, nor one frozen module would fit; use a smaller optimizer."
     if rules.texts:
         text += f" Without the constraints {', '.join(rules.texts)} there may be more to choose from."
     return text

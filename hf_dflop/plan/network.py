@@ -58,7 +58,8 @@ class Network:
 
     def _bytes_per_s(self, ranks: Sequence[int]) -> float:
         first = ranks[0] // self.gpus_per_node
-        one_node = all(rank // self.gpus_per_node == first for rank in ranks)
+        ends = (ranks[-1],) if isinstance(ranks, range) else ranks
+        one_node = all(rank // self.gpus_per_node == first for rank in ends)
         return self.intra_bytes_per_s if one_node else self.inter_bytes_per_s
 
     def send_s(self, num_bytes: Any, sender: Any, receiver: Any) -> Any:

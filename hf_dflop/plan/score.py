@@ -16,11 +16,13 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
+from hf_dflop.cost.memory import StageMemory
 from hf_dflop.plan.cluster import Cluster
 from hf_dflop.plan.compiled import CompiledOrder, compile_schedule, compiled, step_seconds
 from hf_dflop.plan.compose import Composer, Composition
 from hf_dflop.plan.fit_memory import MemoryRule, RankMemories, rank_bytes, rank_memories
 from hf_dflop.plan.order_greedy import greedy_actions
+from hf_dflop.plan.padded_heads import encoder_share
 from hf_dflop.plan.plan import Plan
 from hf_dflop.plan.stage_seconds import StageSeconds, first_backward_stage
 from hf_dflop.plan.step import plan_stage_ranks, step_durations
@@ -50,7 +52,8 @@ class Scorer:
         self.is_mixed = len({group.gpu for group in cluster.groups}) > 1
         self.num_simulated = 0
         self._memories: dict[tuple[object, ...], RankMemories] = {}
-        self.bytes_of = lru_cache(maxsize=65536)(self._bytes_of)
+        self._stage_memories: dict[object, StageMemory] = {}
+        self.bytes_of = lru_cache(maxsize=4096)(self._bytes_of)
 
     def seconds(self, plan: Plan, batch: int, stages: StageSeconds | None = None) -> float:
         """Seconds of a step with one of the workload's batches; `stages`: those of plan and batch, where at hand."""
@@ -73,8 +76,13 @@ class Scorer:
         ranks = plan_stage_ranks(plan)
         num_vision = plan.vision.num_stages
         busy: dict[int, FloatArray] = {}
+        sums: dict[int, FloatArray] = {}  # most stages have the same arrays
+        for rows in (*stages.forward, *stages.backward):
+            if id(rows) not in sums:
+                sums[id(rows)] = rows.sum(axis=1)
         for stage, rank in enumerate(ranks):
-            busy[rank] = busy.get(rank, 0.0) + (stages.forward[stage] + stages.backward[stage]).sum(axis=1)
+            own_s = sums[id(stages.forward[stage])] + sums[id(stages.backward[stage])]
+            busy[rank] = busy.get(rank, 0.0) + own_s
         drains = plan.schedule == "1f1b" and plan.placement == "disjoint" and plan.llm.num_chunks == 1
         way = found = 0.0
         back_vision = back_llm = 0.0
@@ -107,43 +115,52 @@ class Scorer:
     def composed(self, plan: Plan, batch: int) -> Composition:
         """The microbatches of a batch under a plan."""
         own = plan.placement != "disjoint"
-        weight = 0
+        again = (plan.vision.checkpointing, plan.llm.checkpointing)
+        weight = self._recomputing(*again)
         if plan.placement == "replicated":
             objective = "step" if plan.fsdp_shards == 1 else "stage"
         elif own:
             objective = "joined"
         else:
             objective = "pipeline"
-            ratio = plan.llm.dp * plan.llm.tp / (plan.vision.dp * plan.vision.tp)
-            ratio *= _largest(plan.vision.layers, plan.vision.pp) / _largest(plan.llm.layers, plan.llm.pp)
-            weight = round(2 * math.log2(ratio))
+            weight *= plan.llm.dp * plan.llm.tp * encoder_share(self.workload.spec, plan.vision.tp) / plan.vision.dp
+            weight *= _largest(plan.vision.layers, plan.vision.pp) / _largest(plan.llm.layers, plan.llm.pp)
+            weight = 2.0 ** (round(2 * math.log2(weight)) / 2)
         return self.composer.composition(
-            batch,
-            (plan.vision.checkpointing, plan.llm.checkpointing),
-            plan.llm.dp,
-            plan.num_microbatches,
-            objective,
-            weight,
-            plan.balance,
-            plan.vision.dp,
-            own,
+            batch, again, plan.llm.dp, plan.num_microbatches, objective, weight, plan.balance, plan.vision.dp, own
         )
+
+    def _recomputing(self, vision: bool, llm: bool) -> float:
+        """What recomputation makes of an encoder second, against an LLM second."""
+        plain, sums = (self.workload.sums(*again).sum(axis=0) for again in ((False, False), (vision, llm)))
+        if not plain[0] or not plain[1:3].sum():
+            return 1.0
+        return round(float(sums[0] / plain[0] / (sums[1:3].sum() / plain[1:3].sum())), 2)
 
     def stages(self, plan: Plan, batch: int) -> StageSeconds:
         """Seconds of the microbatches on each stage, on the GPUs that it has."""
         made = self.composed(plan, batch)
         forward, backward = [], []
         slow = self._slow(plan)
+        whole = encoder_share(self.workload.spec, plan.vision.tp)
+        known: dict[object, FloatArray] = {}  # most stages have the same layers
+
+        def seconds(table: FloatArray, way: int, share: float, more: FloatArray | None = None) -> FloatArray:
+            key = (id(table), way, share, more is None)
+            if key not in known:
+                known[key] = table[way] * share if more is None else table[way] * share + more
+            return known[key]
+
         for stage, layers in enumerate(plan.vision.layers):
-            share = layers / plan.vision.num_layers / plan.vision.tp * slow[stage]
-            forward.append(made.vision[0] * share)
-            backward.append(made.vision[1] * share)
+            share = layers / plan.vision.num_layers * whole * slow[stage]
+            forward.append(seconds(made.vision, 0, share))
+            backward.append(seconds(made.vision, 1, share))
         for stage, layers in enumerate(plan.llm.layers):
             factor = slow[plan.vision.num_stages + stage] / plan.llm.tp
             last = stage == plan.llm.num_stages - 1
             for way, rows in enumerate((forward, backward)):
-                seconds = made.llm[way] * (layers / plan.llm.num_layers)
-                rows.append((seconds + made.head[way] if last else seconds) * factor)
+                head = made.head[way] * factor if last else None
+                rows.append(seconds(made.llm, way, layers / plan.llm.num_layers * factor, head))
         overhead = self.workload.cost.per_microbatch_s / (2 * len(forward))
         return StageSeconds(
             forward=[f + overhead for f in forward] if overhead else forward,
@@ -191,23 +208,28 @@ class Scorer:
             llm.checkpointing, plan.fsdp_shards,
         )  # fmt: skip
         if key not in self._memories:
-            self._memories[key] = rank_memories(plan, self.workload.spec, self.rule)
+            self._memories[key] = rank_memories(plan, self.workload.spec, self.rule, self._stage_memories)
         return self._memories[key]
 
     def fits(self, plan: Plan, *, composed: bool) -> bool:
         """Whether every rank has room; `composed=False` is quick, and true where the full answer is true."""
         return bool((np.array(self.bytes_of(plan, composed)) <= self.room(plan)).all())
 
-    def static_need(self, plan: Plan) -> float:
-        """Bytes of weights and optimizer state ÷ room, of the fullest rank."""
-        return float((self._held(plan).static / self.room(plan)).max())
+    def need(self, plan: Plan, *, composed: bool) -> float:
+        """Needed ÷ available bytes of the fullest rank; `composed` as for `fits`."""
+        return float((np.array(self.bytes_of(plan, composed)) / self.room(plan)).max())
+
+    @property
+    def largest_room(self) -> float:
+        """Bytes that a plan may use on the largest GPU."""
+        return float(self._memory.max()) * (1 - self.rule.margin) - self.rule.reserve_bytes
 
     def optimizer_s(self, plan: Plan) -> float:
         """Seconds of the optimizer: it reads and writes all that it holds, on the rank that holds most."""
         return self._held(plan).optimizer_traffic / self.cluster.reference.memory_bytes_per_s
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=128)
 def _one_f_one_b(stage_rank: tuple[int, ...], num_microbatches: int, first_backward: int) -> CompiledOrder:
     """1F1B of one stage per rank: list scheduling of equal seconds gives it too, without objects."""
     seconds = np.broadcast_to(np.array([1.0, 2.0, 1.0, 1.0])[:, None, None], (4, len(stage_rank), num_microbatches))

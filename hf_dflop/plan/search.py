@@ -3,31 +3,33 @@
 In: a `Scorer`, layouts, constraints. Out: the plan of least expected seconds of each kind (DDP, FSDP, HSDP, colocated,
 disjoint) and so of all, what was rejected and why.
 
-Layouts are taken in the order of their bounds. A layout whose bound is not below the best score so far ends the
-search of its kind: all later ones have higher bounds. A plan is scored batch by batch, and given up when its score
-so far and the bounds of the other batches cannot be below the best. So nothing that could win is left out.
+Layouts are taken in the order of their bounds, some at a time, and of those the drafts (schedule, number of
+microbatches) in the order of theirs. A layout whose bound is not below the best score so far ends the search of its
+kind: all later ones have higher bounds. A plan is scored batch by batch, and given up when its score so far and the
+bounds of the other batches cannot be below the best. So nothing that could win is left out.
 """
 
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from hf_dflop.plan.bound import Variant, layout_bounds
-from hf_dflop.plan.candidates import SEARCHED_SCHEDULES, checkpointing_variants, draft_plans, make_candidate
+from hf_dflop.plan.candidates import SEARCHED_SCHEDULES, draft_plans, make_candidate
 from hf_dflop.plan.constraints import Constraints
 from hf_dflop.plan.plan import Plan
 from hf_dflop.plan.score import Scorer
-from hf_dflop.plan.space import Layout
+from hf_dflop.plan.shortlist import Shortlist
+from hf_dflop.plan.space import PLACED, Layout, LayoutTable
 
 __all__ = ["KINDS", "Candidate", "SearchResult", "kind_of", "search"]
 
 KINDS: tuple[str, ...] = ("DDP", "FSDP", "HSDP", "colocated", "disjoint")
 FloatArray = npt.NDArray[np.float64]
-BLOCK = 32_768
-"""Layouts that are bounded together: 16,384 GPUs have more than a million."""
+TOGETHER = (8, 256)
+"""Layouts whose drafts are put in order together: at first, and at most. It grows: most searches end soon."""
 NEAR = 1.25
 """The best plan of a kind is found exactly where it is within this factor of the best of the kinds before it."""
 
@@ -37,6 +39,13 @@ def kind_of(layout: Layout) -> str:
     if layout.placement != "replicated":
         return layout.placement
     return "DDP" if layout.shards == 1 else "FSDP" if layout.shards == layout.l_dp else "HSDP"
+
+
+def _kinds_of(table: LayoutTable) -> npt.NDArray[np.int64]:
+    """The same of a table, as places in `KINDS`."""
+    shards, replicas = table.column("shards"), table.column("l_dp")
+    plain = np.where(shards == 1, 0, np.where(shards == replicas, 1, 2))
+    return np.where(table.columns[0] == PLACED.index("replicated"), plain, np.where(table.is_disjoint, 4, 3))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -100,176 +109,194 @@ def search(
     """
     result = SearchResult(num_layouts=len(found))
     rules = constraints or Constraints()
-    done = 0
-    overall = np.inf
-    by_kind: dict[str, list[Layout]] = {}
-    for layout in found:
-        by_kind.setdefault(kind_of(layout), []).append(layout)
-    for kind in KINDS:
-        of_kind = by_kind.pop(kind, [])
-        if not of_kind or kind not in kinds:
-            done += len(of_kind)
+    table = LayoutTable.of(found)
+    shortlist = Shortlist(scorer, table, rules, interleaved="interleaved" in schedules)
+    result.rejected.update({text: count for text, count in shortlist.ruled_out.items() if count})
+    one = _Search(scorer, shortlist, result, rules, tuple(schedules), balance)
+    kind_number = _kinds_of(table)
+    done, overall = 0, np.inf
+    for number, kind in enumerate(KINDS):
+        of_kind = np.flatnonzero((kind_number == number) & shortlist.kept)
+        if kind not in kinds or not of_kind.size:
             continue
-        of_kind = _roomy(scorer, of_kind, result)
-        if not of_kind:
-            continue
-        bounds = _bounds(scorer, of_kind, schedules)
-        means = bounds.mean(axis=1)
-        best: Candidate | None = None
+        roomy = one.roomy(of_kind)
         limit = overall * (NEAR if every_kind else 1.0)
-        order = np.argsort(means, kind="stable")
-        for turn, place in enumerate(order):
-            if means[place] >= limit:
-                result.num_bounded += len(order) - turn
-                break
-            best = _best_of_layout(
-                scorer, of_kind[place], bounds[place], limit, best, result, rules, schedules, balance
-            )
-            if best is not None:
-                limit = min(limit, best.mean_s)
+
+        def tell(more: int, done: int = done) -> None:
             if progress is not None:
-                progress(done + turn + 1, len(found))
-        done += len(of_kind)
+                progress(done + more, len(found))
+
+        best = one.best_of(roomy, limit, tell)
+        done += of_kind.size
         if best is not None:
             result.best[kind] = best
             overall = min(overall, best.mean_s)
+    if result.winner is None:
+        one.note_nearest()
     if progress is not None:
         progress(len(found), len(found))
     result.scored.sort(key=lambda one: one.mean_s)
     return result
 
 
-def _roomy(scorer: Scorer, of_kind: Sequence[Layout], result: SearchResult) -> list[Layout]:
-    """The layouts whose weights and optimizer state fit; the others fit with no microbatch at all."""
-    found = []
-    needs: dict[tuple[object, ...], tuple[float, Plan | None]] = {}
-    for layout in of_kind:
-        # on GPUs of one kind the replicas make no difference
-        key = (layout.v_tp, layout.v_pp, layout.l_tp, layout.l_pp, layout.shards, *(layout if scorer.is_mixed else ()))
-        if key not in needs:
-            plan = make_candidate(scorer.workload, layout, "1f1b", 1, 1, (False, False))
-            needs[key] = (scorer.static_need(plan) if plan is not None else 0.0, plan)
-        need, plan = needs[key]
-        if need <= 1:
-            found.append(layout)
-        else:
-            assert plan is not None
-            result.rejected["memory of weights and optimizer state"] += 1
-            _note_closest(result, need, plan)
-    return found
+class _Draft(NamedTuple):
+    """A layout with a schedule and a number of microbatches, and what is known of its plans."""
+
+    bound: float
+    layout: Layout
+    schedule: str
+    chunks: int
+    num_microbatches: int
+    seconds: FloatArray
+    """`(num_variants, num_batches)`: bounds under each recomputation, least first."""
 
 
-def _note_closest(result: SearchResult, need: float, plan: Plan) -> None:
-    if result.closest is None or need < result.closest[0]:
-        result.closest = (need, plan)
+class _Search:
+    """What the search of one kind after the other shares."""
 
+    def __init__(
+        self,
+        scorer: Scorer,
+        shortlist: Shortlist,
+        result: SearchResult,
+        rules: Constraints,
+        schedules: tuple[str, ...],
+        balance: bool,
+    ) -> None:
+        self.scorer, self.shortlist, self.result, self.rules = scorer, shortlist, result, rules
+        self.schedules, self.balance = schedules, balance
+        self.batch_size = len(scorer.workload.batches[0])
+        self.nearest: tuple[float, int] = (np.inf, -1)
+        """Need and place of the layout that fits least badly, of those that memory rules out."""
 
-def _bounds(scorer: Scorer, of_kind: Sequence[Layout], schedules: Sequence[str]) -> FloatArray:
-    """`(num_layouts, num_batches)`, over the schedules; without recomputation, which only adds."""
-    chunks = sorted({2 if schedule == "interleaved" else 1 for schedule in schedules} | {1})
-    blocks = []
-    for first in range(0, len(of_kind), BLOCK):
-        some = of_kind[first : first + BLOCK]
-        tables = [
-            layout_bounds(scorer.workload, scorer.cluster, some, Variant(num_chunks=num), wire_bytes=scorer.wire_bytes)
-            for num in chunks
-        ]
-        blocks.append(np.min(tables, axis=0))
-    return np.concatenate(blocks)
+    def roomy(self, which: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Those of which some plan may fit."""
+        result, static, need = self.result, self.shortlist.static_need[which], self.shortlist.need[which]
+        heavy, full = static > 1, (static <= 1) & (need > 1)
+        result.rejected.update(
+            {
+                reason: int(where.sum())
+                for reason, where in (
+                    ("memory of weights and optimizer state", heavy),
+                    ("memory of microbatches in flight", full),
+                )
+                if where.any()
+            }
+        )
+        out = np.where(heavy | full, need, np.inf)
+        if which.size and out.min() < self.nearest[0]:
+            self.nearest = (float(out.min()), int(which[out.argmin()]))
+        return which[~(heavy | full)]
 
+    def plan(self, layout: Layout, schedule: str, chunks: int, count: int, again: tuple[bool, bool]) -> Plan | None:
+        """The plan; None where it has fewer layers than stages."""
+        return make_candidate(self.scorer.workload, layout, schedule, chunks, count, again, balance=self.balance)
 
-class _SharperBounds:
-    """Bounds of one layout under each recomputation and number of chunks, made when asked for."""
+    def note_nearest(self) -> None:
+        """Of the layouts that were ruled out by memory, the plan that comes nearest."""
+        need, place = self.nearest
+        if not np.isfinite(need):
+            return
+        layout, count = self.shortlist.table.layout(place), int(self.shortlist.most[place])
+        for variant in self.shortlist.variants:
+            plan = self.plan(layout, "1f1b", 1, count, variant[:2]) if variant.num_chunks == 1 else None
+            if plan is not None:
+                self.note_misfit(plan, composed=True, counted=False)
 
-    def __init__(self, scorer: Scorer, layout: Layout) -> None:
-        self._scorer, self._layout = scorer, layout
-        self._known: dict[tuple[tuple[bool, bool], int], FloatArray] = {}
+    def best_of(self, which: npt.NDArray[np.int64], limit: float, tell: Callable[[int], None]) -> Candidate | None:
+        """The best plan of these layouts that scores below `limit`."""
+        means = self.shortlist.bounds[which].mean(axis=1)
+        order = np.argsort(means, kind="stable")
+        best: Candidate | None = None
+        first, size = 0, TOGETHER[0]
+        while first < order.size:
+            here = order[first : first + size]
+            worth = int(np.searchsorted(means[here], limit))  # inf never is
+            for draft in self.drafts(which[here[:worth]]):
+                if draft.bound >= limit:
+                    break
+                found = self.best_of_draft(draft, limit)
+                if found is not None:
+                    best, limit = found, found.mean_s
+            if worth < here.size:
+                self.result.num_bounded += order.size - first - worth
+                break
+            first, size = first + here.size, min(2 * size, TOGETHER[1])
+            tell(first)
+        return best
 
-    def of(self, again: tuple[bool, bool], num_chunks: int) -> FloatArray:
-        """`(num_batches,)` seconds."""
-        key = (again, num_chunks)
-        if key not in self._known:
-            scorer = self._scorer
-            self._known[key] = layout_bounds(
-                scorer.workload,
-                scorer.cluster,
-                [self._layout],
-                Variant(*again, num_chunks),
-                wire_bytes=scorer.wire_bytes,
-            )[0]
-        return self._known[key]
+    def drafts(self, which: npt.NDArray[np.int64]) -> list[_Draft]:
+        """The drafts of these layouts, in the order of their bounds."""
+        found = []
+        variants = self.shortlist.variants
+        bounds: dict[int, FloatArray] = {}
+        for at, place in enumerate(which.tolist()):
+            layout = self.shortlist.table.layout(place)
+            for schedule, chunks, count in draft_plans(layout, self.batch_size, self.schedules):
+                if count not in bounds:
+                    bounds[count] = self.shortlist.of_count(which, count)
+                rows = [number for number, variant in enumerate(variants) if variant.num_chunks == chunks]
+                seconds = bounds[count][rows, at]
+                bound = float(seconds.mean(axis=1).min())
+                found.append(_Draft(bound, layout, schedule, chunks, count, seconds))
+        found.sort(key=lambda draft: draft.bound)
+        return found
 
-
-def _best_of_layout(
-    scorer: Scorer,
-    layout: Layout,
-    bounds: FloatArray,
-    limit: float,
-    best: Candidate | None,
-    result: SearchResult,
-    rules: Constraints,
-    schedules: Sequence[str],
-    balance: bool,
-) -> Candidate | None:
-    """The best of `best` and the layout's plans that score below `limit`."""
-    workload = scorer.workload
-    sharper = _SharperBounds(scorer, layout)
-    full: set[str] = set()  # schedules for which even this many, this small microbatches do not fit
-    for schedule, chunks, count in draft_plans(layout, len(workload.batches[0]), schedules):
-        if schedule in full:
-            continue
-        full.add(schedule)
+    def best_of_draft(self, draft: _Draft, limit: float) -> Candidate | None:
+        """Of the draft's plans the one with the least recomputation that fits, if it scores below `limit`."""
+        scorer, result = self.scorer, self.result
         slower: list[Plan] = []  # with less recomputation, and not below the limit: do they fit?
-        for again in checkpointing_variants(workload):
-            plan = make_candidate(workload, layout, schedule, chunks, count, again, balance=balance)
+        chunk_variants = [variant for variant in self.shortlist.variants if variant.num_chunks == draft.chunks]
+        for variant, known in zip(chunk_variants, draft.seconds, strict=True):
+            if np.isinf(known).any():
+                result.rejected["memory of microbatches in flight"] += 1
+                continue
+            plan = self.plan(draft.layout, draft.schedule, draft.chunks, draft.num_microbatches, variant[:2])
             if plan is None:
                 result.rejected["fewer layers than stages"] += 1
                 break
-            if (broken := rules.rejects(plan)) is not None:
+            if (broken := self.rules.rejects(plan)) is not None:
                 result.rejected[broken] += 1
-                full.discard(schedule)
                 continue
-            known = np.maximum(bounds, sharper.of(again, chunks))
             if known.mean() >= limit:  # whether it fits does not matter, unless one with more recomputation wins
-                full.discard(schedule)
                 slower.append(plan)
                 continue
-            if not scorer.fits(plan, composed=False):
-                _note_misfit(scorer, plan, result)
-                continue
-            full.discard(schedule)
             # seconds first: bytes need all batches composed
-            seconds = _score(scorer, plan, known, limit)
-            if seconds is not None and scorer.fits(plan, composed=True):
-                if not any(scorer.fits(less, composed=True) for less in slower):
-                    best = Candidate(plan=plan, seconds=seconds)
-                    result.scored.append(best)
-                    limit = best.mean_s
-                break
-            if seconds is not None:
-                _note_misfit(scorer, plan, result)
-            else:
+            seconds = self.score(plan, known, limit)
+            if seconds is None:
                 slower.append(plan)
-    return best
+            elif not seconds.size:
+                self.note_misfit(plan, composed=False)
+            elif not scorer.fits(plan, composed=True):
+                self.note_misfit(plan, composed=True)
+            else:
+                if any(scorer.fits(less, composed=True) for less in slower):
+                    return None
+                best = Candidate(plan=plan, seconds=seconds)
+                result.scored.append(best)
+                return best
+        return None
 
+    def score(self, plan: Plan, bounds: FloatArray, limit: float) -> FloatArray | None:
+        """Seconds of every batch; None as soon as their mean cannot be below `limit`; none of them (size 0) where the
+        plan cannot fit."""
+        known = bounds.copy()
+        for batch in range(known.size):
+            stages = self.scorer.stages(plan, batch)
+            known[batch] = max(known[batch], self.scorer.composed_bound(plan, stages))
+            if known.mean() >= limit:
+                return None
+            if batch == 0 and not self.scorer.fits(plan, composed=False):
+                return np.empty(0)
+            known[batch] = self.scorer.seconds(plan, batch, stages)
+            if known.mean() >= limit:
+                return None
+        return known
 
-def _score(scorer: Scorer, plan: Plan, bounds: FloatArray, limit: float) -> FloatArray | None:
-    """Seconds of every batch; None as soon as their mean cannot be below `limit`."""
-    known = bounds.copy()
-    for batch in range(known.size):
-        stages = scorer.stages(plan, batch)
-        known[batch] = max(known[batch], scorer.composed_bound(plan, stages))
-        if known.mean() >= limit:
-            return None
-        known[batch] = scorer.seconds(plan, batch, stages)
-        if known.mean() >= limit:
-            return None
-    return known
-
-
-def _note_misfit(scorer: Scorer, plan: Plan, result: SearchResult) -> None:
-    result.rejected["memory of microbatches in flight"] += 1
-    need = float((np.array(scorer.bytes_of(plan, False)) / scorer.room(plan)).max())
-    if need <= 1:
-        need = float((np.array(scorer.bytes_of(plan, True)) / scorer.room(plan)).max())
-    _note_closest(result, need, plan)
+    def note_misfit(self, plan: Plan, *, composed: bool, counted: bool = True) -> None:
+        """Count a plan that does not fit, and remember it if it is the nearest so far."""
+        if counted:
+            self.result.rejected["memory of microbatches in flight"] += 1
+        need = self.scorer.need(plan, composed=composed)
+        if self.result.closest is None or need < self.result.closest[0]:
+            self.result.closest = (need, plan)

@@ -7,6 +7,7 @@ from hf_dflop.cost import ModelSpec
 from hf_dflop.cost.memory import StageLayers
 from hf_dflop.cost.parameters import parameter_counts
 from hf_dflop.cost.parts import MODULE_OF_PART
+from hf_dflop.plan.padded_heads import padded_encoder
 from hf_dflop.plan.plan import Plan
 
 __all__ = ["StageParameters", "stage_parameters", "stage_parts"]
@@ -44,7 +45,10 @@ def _counts(spec: ModelSpec, tp: int) -> dict[str, float]:
 
 def stage_parameters(plan: Plan, spec: ModelSpec) -> list[StageParameters]:
     """Parameters of each stage of a plan, the encoder's first."""
-    counts = {"vision": _counts(spec, plan.vision.tp), "llm": _counts(spec, plan.llm.tp)}
+    counts = {
+        "vision": _counts(padded_encoder(spec, plan.vision.tp), plan.vision.tp),
+        "llm": _counts(spec, plan.llm.tp),
+    }
     found = []
     for held in stage_parts(plan):
         copies = held.copies

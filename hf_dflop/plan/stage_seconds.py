@@ -23,10 +23,11 @@ from hf_dflop.cost import CostModel, Trainable
 from hf_dflop.cost.flops import encoder_counts, llm_terms, vision_terms
 from hf_dflop.cost.from_profile import DIRECTIONS
 from hf_dflop.errors import PlanError
+from hf_dflop.plan.padded_heads import encoder_share
 from hf_dflop.plan.plan import Plan
 from hf_dflop.shapes import Shapes
 
-__all__ = ["SampleSeconds", "StageSeconds", "sample_seconds", "share_images", "stage_seconds"]
+__all__ = ["SampleSeconds", "StageSeconds", "sample_seconds", "share_images", "share_places", "stage_seconds"]
 
 FloatArray = npt.NDArray[np.float64]
 Groups = Sequence[Sequence[Any]]
@@ -35,7 +36,8 @@ Groups = Sequence[Sequence[Any]]
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class SampleSeconds:
-    """Seconds of each sample alone on one GPU, `(num_samples,)` each: forward, and backward with recomputation."""
+    """Seconds of each sample alone on one GPU, `(num_samples,)` each: forward, and backward with recomputation. With
+    the heads that the plan's tensor parallelism adds to the encoder."""
 
     vision_forward: FloatArray
     vision_backward: FloatArray
@@ -85,6 +87,8 @@ def sample_seconds(plan: Plan, cost: CostModel, shapes: Shapes) -> SampleSeconds
     vision_forward, vision_s = _vision(
         replace(cost, trainable=trainable, checkpointing=plan.vision.checkpointing), shapes
     )
+    padding = encoder_share(spec, plan.vision.tp) * plan.vision.tp
+    vision_forward, vision_s = padding * vision_forward, padding * vision_s
     if plan.cached_features:
         vision_forward = vision_s = np.zeros(len(shapes))
     llm = replace(cost, trainable=trainable, checkpointing=plan.llm.checkpointing)
@@ -148,11 +152,23 @@ def share_images(shapes: Shapes, groups: Groups, num_encoders: int, *, own: bool
         ranges of replicas that `Durations` takes.
     """
     num_llm, num_microbatches = len(groups), len(groups[0])
-    owner = np.full(len(shapes), -1, dtype=np.int64)
     parts = [np.asarray(groups[d][m], dtype=np.int64) for m in range(num_microbatches) for d in range(num_llm)]
-    sizes = np.array([part.size for part in parts])
-    samples = np.concatenate(parts)
-    place = np.repeat(np.arange(sizes.size), sizes)
+    place = np.repeat(np.arange(len(parts)), [part.size for part in parts])
+    return share_places(shapes, np.concatenate(parts), place, num_llm, num_microbatches, num_encoders, own=own)
+
+
+def share_places(
+    shapes: Shapes,
+    samples: npt.NDArray[np.int64],
+    place: npt.NDArray[np.int64],
+    num_llm: int,
+    num_microbatches: int,
+    num_encoders: int,
+    *,
+    own: bool,
+) -> tuple[Any, Any, Any]:
+    """`share_images` of samples in a row: `place` is microbatch × num_llm + replica of each, ascending."""
+    owner = np.full(len(shapes), -1, dtype=np.int64)
     has_image = shapes.image_tokens[samples] > 0
     samples, place = samples[has_image], place[has_image]
     microbatch, replica = place // num_llm, place % num_llm
@@ -171,12 +187,15 @@ def share_images(shapes: Shapes, groups: Groups, num_encoders: int, *, own: bool
 
 
 def _ranges(of: Any, microbatch: Any, by: Any, shape: tuple[int, int]) -> npt.NDArray[np.int64]:
-    """First and last + 1 of `by` for each (`of`, microbatch): `(*shape, 2)`; 0, 0 where there is none."""
-    low = np.full(shape, np.iinfo(np.int64).max)
-    high = np.zeros(shape, dtype=np.int64)
-    np.minimum.at(low, (of, microbatch), by)
-    np.maximum.at(high, (of, microbatch), by + 1)
-    return np.stack([np.where(high > 0, low, 0), high], axis=-1)
+    """First and last + 1 of `by` for each (`of`, microbatch): `(*shape, 2)`; 0, 0 where there is none. Within a
+    microbatch `of` and `by` ascend."""
+    found = np.zeros((*shape, 2), dtype=np.int64)
+    if of.size:
+        new = np.flatnonzero((np.diff(of) != 0) | (np.diff(microbatch) != 0)) + 1
+        first, last = np.concatenate([[0], new]), np.concatenate([new - 1, [of.size - 1]])
+        found[of[first], microbatch[first], 0] = by[first]
+        found[of[first], microbatch[first], 1] = by[last] + 1
+    return found
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

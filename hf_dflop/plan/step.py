@@ -295,7 +295,8 @@ def _reductions(plan: Plan, cost: CostModel, communication: Communication, wire_
         own = [stage for stage, at in enumerate(ranks) if at == rank]
         trained = sum(held[stage].trained for stage in own) * wire_bytes
         replicas = plan.llm.dp if own[-1] >= plan.vision.num_stages else plan.vision.dp
-        members = [_rank(plan, own[-1], r) for r in range(replicas)]
+        first, stride = _rank(plan, own[-1], 0), (plan.llm if own[-1] >= plan.vision.num_stages else plan.vision).tp
+        members = range(first, first + replicas * stride, stride)
         if plan.fsdp_shards > 1:
             # gathers and scatters in every microbatch, over the shards; copies of a shard are summed once
             for stage in own:

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from hf_dflop.cost import ModelSpec, Trainable
 from hf_dflop.cost.memory import MemorySettings, MicrobatchCounts, stage_memory
+from hf_dflop.plan.padded_heads import padded_encoder
 from hf_dflop.plan.plan import Plan
 from hf_dflop.plan.stage_parts import stage_parts
 from hf_dflop.plan.stage_seconds import Groups
@@ -80,6 +81,7 @@ def step_memory(
         settings (`MemorySettings`, *optional*): formats and optimizer; bf16 with fp32 master weights and AdamW.
     """
     used = plan_memory_settings(plan, settings)
+    whole = padded_encoder(spec, plan.vision.tp)
     parts = stage_parts(plan)
     flat = [group for rank in groups for group in rank]
     counts = MicrobatchCounts.of(spec, shapes, flat, padded=plan.padded)
@@ -87,7 +89,7 @@ def step_memory(
     table = table.reshape(4, plan.llm.dp, plan.num_microbatches)
     kept, extra, static = [], [], []
     for stage, held in enumerate(parts):
-        memory = stage_memory(spec, held, used, vision_tp=plan.vision.tp, llm_tp=plan.llm.tp)
+        memory = stage_memory(whole, held, used, vision_tp=plan.vision.tp, llm_tp=plan.llm.tp)
         own: Any = table
         if stage < plan.vision.num_stages and plan.placement == "disjoint":
             own = np.repeat(table.sum(axis=1, keepdims=True) / plan.vision.dp, plan.vision.dp, axis=1)

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from hf_dflop.cost import CostModel
 from hf_dflop.errors import PlanError
+from hf_dflop.plan.padded_heads import encoder_share
 from hf_dflop.plan.plan import ModulePlan, Plan
 from hf_dflop.plan.stage_seconds import SampleSeconds, sample_seconds
 from hf_dflop.shapes import Shapes
@@ -60,6 +61,7 @@ class Workload:
         self.seconds = lru_cache(maxsize=None)(self._seconds)
         self.sums = lru_cache(maxsize=None)(self._sums)
         self.longest = lru_cache(maxsize=None)(self._longest)
+        self.extra_layers = lru_cache(maxsize=None)(self._extra_layers)
 
     @property
     def spec(self) -> Any:
@@ -92,6 +94,12 @@ class Workload:
             rows.append((s.vision.sum(), llm, head, positions, shapes.llm_tokens.sum()))
         return np.array(rows, dtype=np.float64)
 
+    def _extra_layers(self, vision_again: bool, llm_again: bool) -> tuple[float, float]:
+        """Work of the whole encoder and of the LM head, in LLM layers."""
+        vision, llm, head = self.sums(vision_again, llm_again)[:, :3].sum(axis=0).tolist()
+        layer = llm / self.spec.llm.num_layers
+        return (vision / layer, head / layer) if layer > 0 else (0.0, 0.0)
+
     def _longest(self, vision_again: bool, llm_again: bool, v_tp: int, l_tp: int) -> FloatArray:
         """`(num_batches,)`: the dearest sample's way through the whole model, one stage after the other.
 
@@ -101,5 +109,5 @@ class Workload:
         for s in self.seconds(vision_again, llm_again):
             vision = s.vision_forward + s.vision_backward / 2
             llm = s.llm_forward + s.head_forward + (s.llm_backward + s.head_backward) / 2
-            ways.append((vision / v_tp + llm / l_tp).max())
+            ways.append((vision * encoder_share(self.spec, v_tp) + llm / l_tp).max())
         return np.array(ways)

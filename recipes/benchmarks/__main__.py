@@ -4,7 +4,7 @@ import argparse
 import time
 from importlib import import_module
 
-RUNNABLE = ("balancing", "partition", "lengths", "scale", "pipeline")
+RUNNABLE = ("balancing", "partition", "lengths", "scale", "planner", "pipeline")
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """`python -m recipes.paper`: plan and simulate the paper's settings, print them beside its claims; scaling curves.
 
-Writes results.json, table.md and scaling.png into the output folder. A run that was stopped goes on where it was:
-every (model, GPUs) that results.json has is kept.
+Writes results.json, table.md, scaling.md and scaling.png into the output folder. A run that was stopped goes on where
+it was: every (model, GPUs) that results.json has is kept.
 """
 
 import json
@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from recipes.paper.report import draw_scaling, write_table
+from recipes.paper.report import draw_scaling, write_scaling_table, write_table
 from recipes.paper.run import run_setting
 from recipes.paper.settings import SCALING, SETTINGS
 
@@ -50,6 +50,7 @@ def main(
             key = f"{setting.name}@{num_gpus}"
             if key not in results:
                 keep(key, run_setting(setting, num_gpus, arms=SCALING_ARMS))
+    print(write_scaling_table(results, output / "scaling.md"))
     draw_scaling(results, output / "scaling.png")
     print(f"written: {path}, {output / 'table.md'}, {output / 'scaling.png'}")
 

@@ -7,11 +7,11 @@ microbatches are as the stock sampler deals them, and layers are spread evenly b
     every (tp, pp, dp) on all GPUs, tp inside a node; 1, 2, 4, ... microbatches, up to one for each sample;
     1F1B and interleaved 1F1B; recomputation only where it is needed to fit
 
-Every plan that fits is scored on the tuning batches: this is exhaustive, pruned only where a plan's batches so far are
-already slower than the best in all. It is tuned on the very data, so its blindness is in the layout alone.
+Every plan that fits is scored on the tuning batches: this is exhaustive, pruned only where a plan's batches so far, or
+the work of its busiest rank, are already slower than the best in all. It is tuned on the very data, so its blindness
+is in the layout alone.
 
-An encoder whose heads the tensor-parallel degree does not divide is split all the same, as if padding heads cost
-nothing.
+An encoder whose heads the tensor-parallel degree does not divide is split with padded heads, as the planner does it.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,8 +19,9 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from hf_dflop.plan.candidates import checkpointing_variants
+from hf_dflop.plan.padded_heads import encoder_share
 from hf_dflop.plan.plan import ModulePlan, Plan
-from hf_dflop.plan.score import Scorer
+from hf_dflop.plan.score import ROUNDING, Scorer
 from hf_dflop.plan.space import tensor_degrees
 
 __all__ = ["fsdp_plans", "homogeneous_plans", "tune"]
@@ -90,26 +91,46 @@ def fsdp_plans(scorer: Scorer, again: tuple[bool, bool]) -> Iterator[Plan]:
 
 
 def tune(scorer: Scorer, plans: Callable[[Scorer, tuple[bool, bool]], Iterator[Plan]]) -> tuple[Plan | None, int]:
-    """The fastest plan that fits, and how many were tried.
+    """The fastest plan that fits, and of how many plans.
 
     Args:
         scorer (`Scorer`): with the tuning batches.
         plans (callable): `homogeneous_plans` or `fsdp_plans`.
     """
-    best, best_s, tried = None, np.inf, 0
-    for again in checkpointing_variants(scorer.workload):
-        # Recomputation only adds seconds: what is not faster than the best without it is not with it either. So a
-        # plan that is faster here does not fit with less.
-        for plan in plans(scorer, again):
-            if not scorer.fits(plan, composed=False):
-                continue
-            tried += 1
-            total = 0.0
-            for batch in range(scorer.workload.num_batches):
-                total += scorer.seconds(plan, batch)
-                if total / scorer.workload.num_batches >= best_s:
-                    break
-            else:
-                if scorer.fits(plan, composed=True):
-                    best, best_s = plan, total / scorer.workload.num_batches
-    return best, tried
+    # in the order of what they cannot go below: the first that cannot win ends the search
+    drafts = [
+        (work_bound(scorer, plan), number, plan)
+        for number, plan in enumerate(
+            plan for again in checkpointing_variants(scorer.workload) for plan in plans(scorer, again)
+        )
+    ]
+    drafts.sort(key=lambda draft: draft[:2])
+    best, best_s = None, np.inf
+    for bound, _, plan in drafts:
+        if bound >= best_s:
+            break
+        if not scorer.fits(plan, composed=False):
+            continue
+        total = 0.0
+        for batch in range(scorer.workload.num_batches):
+            total += scorer.seconds(plan, batch)
+            if total / scorer.workload.num_batches >= best_s:
+                break
+        else:
+            if scorer.fits(plan, composed=True):
+                best, best_s = plan, total / scorer.workload.num_batches
+    return best, len(drafts)
+
+
+def work_bound(scorer: Scorer, plan: Plan) -> float:
+    """Mean seconds that the plan's busiest pipeline rank computes, over its replicas: a step takes no less."""
+    vision, llm, head = scorer.workload.sums(plan.vision.checkpointing, plan.llm.checkpointing)[:, :3].mean(axis=0)
+    vision *= encoder_share(scorer.workload.spec, plan.vision.tp) / plan.vision.dp
+    llm, head = llm / (plan.llm.tp * plan.llm.dp), head / (plan.llm.tp * plan.llm.dp)
+    layers = plan.llm.layers
+    ranks = [llm * sum(layers[rank :: plan.llm.pp]) / sum(layers) for rank in range(plan.llm.pp)]
+    ranks[-1] += head
+    if plan.placement != "disjoint":
+        ranks[0] += vision
+        return float(max(ranks)) * (1 - ROUNDING)
+    return float(max(*ranks, vision * max(plan.vision.layers) / sum(plan.vision.layers))) * (1 - ROUNDING)

@@ -6,7 +6,7 @@ from typing import Any
 from recipes.paper.run import ratio
 from recipes.paper.settings import SCALING, SETTINGS
 
-__all__ = ["draw_scaling", "write_table"]
+__all__ = ["draw_scaling", "write_scaling_table", "write_table"]
 
 
 def _times(run: dict[str, Any], arm: str, to: str = "homogeneous") -> str:
@@ -46,6 +46,28 @@ def write_table(results: dict[str, Any], path: Path) -> str:
     return text
 
 
+def write_scaling_table(results: dict[str, Any], path: Path) -> str:
+    """Write the speed-ups over the homogeneous layout by GPUs as Markdown, and give it back."""
+    sizes = sorted({run["num_gpus"] for run in results.values() if run["num_gpus"] != 32})
+    lines = ["| model | " + " | ".join(f"{size:,} GPUs" for size in sizes) + " |", "|---" * (len(sizes) + 1) + "|"]
+    for setting in SCALING:
+        cells = []
+        for size in sizes:
+            run = results.get(f"{setting.name}@{size}")
+            if run is None:
+                cells.append("not run")
+            elif (both := ratio(run, "both")) is None:
+                none_fits = all(arm["step_s"] is None for arm in run["arms"].values())
+                cells.append("nothing fits" if none_fits else "homogeneous does not fit")
+            else:
+                anything = ratio(run, "anything")
+                cells.append(f"{both[0]:.2f} / " + ("–" if anything is None else f"{anything[0]:.2f}"))
+        lines.append(f"| {setting.name} | " + " | ".join(cells) + " |")
+    text = "\n".join(lines)
+    path.write_text(text + "\n", encoding="utf-8")
+    return text
+
+
 def draw_scaling(results: dict[str, Any], path: Path) -> None:
     """Speed-up over the homogeneous layout, and samples per second and GPU, against the number of GPUs."""
     import matplotlib
@@ -76,6 +98,9 @@ def draw_scaling(results: dict[str, Any], path: Path) -> None:
         yscale="log",
         title="solid: both, dotted: homogeneous",
     )
+    right.yaxis.set_major_formatter("{x:g}")
+    right.yaxis.set_minor_formatter("{x:g}")
+    right.tick_params(axis="y", which="minor", labelsize=7)
     for axes in (left, right):
         axes.set_xticks([8, 16, 64, 256, 1024], ["8", "16", "64", "256", "1,024"])
         axes.grid(alpha=0.3)

@@ -19,6 +19,7 @@ TOPICS: dict[str, str] = {
     "partition": "Partition: how near to the best, and how fast?",
     "lengths": "Annotation: what does it take to know every sample's cost?",
     "scale": "Scale: from 8 to 4,096 ranks, simulated",
+    "planner": "Planner: how long does a planning take?",
     "pipeline": "Pipeline: predicted and real steps; against torch's 1F1B, padding to the longest, DDP and FSDP2",
     "prediction": "Prediction: predicted against measured",
     "gpu": "One GPU: module curves, microbatch times replayed rank by rank",

@@ -1,6 +1,7 @@
 """From config, data and cluster to a plan in words and JSON; what cannot be planned says why."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -54,9 +55,17 @@ def test_what_if_says_what_a_change_would_buy() -> None:
 
 
 def test_nothing_fits_and_says_what_would() -> None:
-    tiny = Cluster(nodes=1, gpus_per_node=1, gpu=small_gpu(0.05))
-    with pytest.raises(PlanError, match=r"The nearest needs .* GiB of .* more GPUs"):
+    tiny = Cluster(nodes=1, gpus_per_node=1, gpu=small_gpu(0.25))
+    with pytest.raises(PlanError, match=r"The nearest needs .* GiB of 0\.2 GiB") as error:
         make_plan(SPEC, mixture(0), tiny, global_batch_size=8, memory=NO_RESERVE)
+    nodes = int(re.search(r"would fit: (\d+) nodes instead of 1 \(", str(error.value))[1])
+    for number, fits in ((nodes, True), (nodes // 2, False)):  # what is said to fit does, and half of it does not
+        cluster = Cluster(nodes=number, gpus_per_node=1, gpu=small_gpu(0.25))
+        if fits:
+            make_plan(SPEC, mixture(0), cluster, global_batch_size=8, memory=NO_RESERVE)
+        else:
+            with pytest.raises(PlanError, match="no plan"):
+                make_plan(SPEC, mixture(0), cluster, global_batch_size=8, memory=NO_RESERVE)
 
 
 def test_constraints_that_leave_nothing() -> None:

@@ -1,0 +1,1 @@
+"""How long the planner takes, and how much memory."""
