@@ -8,13 +8,24 @@ bridge       which encoder replica encodes what, and where its rows go
 structure    where a model can be cut; shell, split: the modules of the stages
 stage        a stage on torch.distributed.pipelining; schedule: its runtime
 features, handshake   the format of image features
+deferred     calling the model in a hand-written loop: gradients that wait for `loss.backward()`
 grads, loss  sums over replicas, tied weights, the true norm
 checkpoint   one stock checkpoint out
 """
 
 from hf_dflop.pipeline.batch import StepBatch, build_batch
+from hf_dflop.pipeline.deferred import PipelineOutput
 from hf_dflop.pipeline.model import PipelineModel, StepResult
 from hf_dflop.pipeline.shape import MicrobatchShape, StepShape
 from hf_dflop.pipeline.topology import Topology
 
-__all__ = ["MicrobatchShape", "PipelineModel", "StepBatch", "StepResult", "StepShape", "Topology", "build_batch"]
+__all__ = [
+    "MicrobatchShape",
+    "PipelineModel",
+    "PipelineOutput",
+    "StepBatch",
+    "StepResult",
+    "StepShape",
+    "Topology",
+    "build_batch",
+]

@@ -8,7 +8,8 @@ Assumptions: all ranks call the same methods in the same order, with the same sh
 same weights on all ranks (checked where ranks hold the same layers).
 """
 
-from collections.abc import Iterator, Mapping
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -22,6 +23,7 @@ from hf_dflop.pipeline.batch import StepBatch
 from hf_dflop.pipeline.bridge import Route, route_step
 from hf_dflop.pipeline.check import check_chain
 from hf_dflop.pipeline.checkpoint import gather_state_dict, save_stock
+from hf_dflop.pipeline.deferred import PipelineOutput, deferred_call
 from hf_dflop.pipeline.features import FeatureFormat
 from hf_dflop.pipeline.grads import clip_gradients, same_everywhere, squared_norm, sum_gradients
 from hf_dflop.pipeline.groups import new_group
@@ -103,7 +105,9 @@ class PipelineModel(nn.Module):
         self._orders: dict[int, Order] = {}
         self._runtimes: dict[Any, Any] = {}
         self._form: FeatureFormat | None = None
-        self._needs_sum = False
+        self.needs_sum = False
+        self.loss_factor = 1.0  # of the loss of `forward`, for loops that divide it by their accumulated calls
+        self._sync = True
         self._earlier: dict[nn.Parameter, torch.Tensor] = {}
         self._check = check
         self._checked: set[bool] = set()
@@ -279,7 +283,7 @@ class PipelineModel(nn.Module):
                     keep_logits=keep_logits,
                 )
             )
-        if backward and not self._needs_sum:
+        if backward and not self.needs_sum:
             self._set_aside()
         for stage, step in zip(self._stages, steps, strict=True):
             stage.begin(step)
@@ -288,7 +292,7 @@ class PipelineModel(nn.Module):
         for stage in self._stages:
             stage.finish()
         if backward:
-            self._needs_sum = True
+            self.needs_sum = True
             if sync:
                 self.sum_gradients()
         last = next((s for stage, s in zip(self._stages, steps, strict=True) if stage.is_last), None)
@@ -317,6 +321,15 @@ class PipelineModel(nn.Module):
         for parameter in self._earlier:
             parameter.grad = None
 
+    def add_gradients(self, gradients: Iterable[tuple[nn.Parameter, torch.Tensor]], times: float) -> None:
+        """Add gradients of a call, not yet summed over replicas, to `.grad`."""
+        if not self.needs_sum:
+            self._set_aside()
+        for parameter, grad in gradients:
+            scaled = grad if times == 1.0 else grad.mul_(times)
+            parameter.grad = scaled if parameter.grad is None else parameter.grad.add_(scaled)
+        self.needs_sum = True
+
     def sum_gradients(self) -> None:
         """Sum gradients over replicas and over the copies of tied embeddings; `step` calls it."""
         if self._column_group is not None:
@@ -326,7 +339,7 @@ class PipelineModel(nn.Module):
         for parameter, grad in self._earlier.items():
             parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
         self._earlier = {}
-        self._needs_sum = False
+        self.needs_sum = False
 
     # What an optimizer loop needs -----------------------------------------------------------------------------------
 
@@ -356,10 +369,27 @@ class PipelineModel(nn.Module):
         """Write a stock checkpoint that plain transformers loads; all ranks call it, rank 0 writes."""
         save_stock(self, folder, **kwargs)
 
-    def forward(self, batch: StepBatch | Mapping[str, Any]) -> StepResult:
-        """`step` in training mode, the loss alone in evaluation mode."""
+    @contextlib.contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Calls inside leave the sum over replicas to the first call after it; accelerate's `accumulate` enters it."""
+        before, self._sync = self._sync, False
+        try:
+            yield
+        finally:
+            self._sync = before
+
+    def forward(self, batch: StepBatch | Mapping[str, Any]) -> PipelineOutput:
+        """Run a call of a hand-written loop.
+
+        In training mode the schedule runs forward and backward, and `loss.backward()` adds the gradients to `.grad`;
+        without gradients, or in evaluation mode, the loss alone is computed.
+        """
         if not isinstance(batch, StepBatch):
             raise ModelError(
                 "PipelineModel takes a StepBatch: shapes of all ranks' microbatches, inputs of this one's."
             )
-        return self.step(batch, backward=self.training and torch.is_grad_enabled())
+        if self.training and torch.is_grad_enabled():
+            return deferred_call(self, batch, sync=self._sync)
+        result = self.step(batch, backward=False)
+        loss = torch.tensor(result.loss * self.loss_factor, dtype=torch.float64, device=self.wire.device)
+        return PipelineOutput(loss=loss, label_tokens=result.label_tokens)
