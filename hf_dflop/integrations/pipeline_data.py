@@ -81,16 +81,17 @@ def stock_sharding(
 
 
 class _PlannedCosts:
-    """A cost model whose encoder and LLM seconds are those of one stage of a plan."""
+    """A cost model whose encoder and LLM seconds are those of the largest stage of each in a plan."""
 
     def __init__(self, cost_model: CostModel, plan: Plan, shapes: Shapes) -> None:
         self._model, self._shapes = cost_model, shapes
         self.rates = cost_model.rates
         self.per_microbatch_s = cost_model.per_microbatch_s
         self._own = plan.placement == "disjoint"
-        # An LLM stage has its largest share of the layers; the encoder serves llm.dp ÷ vision.dp replicas.
+        # An encoder replica serves llm.dp ÷ vision.dp replicas of the LLM.
         share = max(plan.llm.layers) * plan.llm.num_chunks / max(plan.llm.num_layers, 1)
-        self._weight = plan.llm.dp / plan.vision.dp / share if self._own else 1.0
+        encoder_share = max(plan.vision.layers) / max(plan.vision.num_layers, 1)
+        self._weight = plan.llm.dp / plan.vision.dp * encoder_share / share if self._own else 1.0
 
     def vision_s(self, shapes: Shapes) -> Any:
         seconds = self._model.vision_s(shapes)

@@ -10,7 +10,6 @@ same weights on all ranks (checked where ranks hold the same layers).
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -19,42 +18,29 @@ import torch.distributed as dist
 from torch import nn
 
 from hf_dflop.errors import ModelError, PlanError
-from hf_dflop.pipeline.batch import StepBatch
+from hf_dflop.pipeline.batch import StepBatch, StepResult
 from hf_dflop.pipeline.bridge import Route, route_step
 from hf_dflop.pipeline.check import check_chain
+from hf_dflop.pipeline.check_encoder import check_encoder
 from hf_dflop.pipeline.checkpoint import gather_state_dict, save_stock
 from hf_dflop.pipeline.deferred import PipelineOutput, deferred_call
 from hf_dflop.pipeline.features import FeatureFormat
 from hf_dflop.pipeline.grads import clip_gradients, same_everywhere, squared_norm, sum_gradients
 from hf_dflop.pipeline.groups import new_group
-from hf_dflop.pipeline.handshake import agree_on_format, agree_on_stages
+from hf_dflop.pipeline.handshake import agree_on_encoder, agree_on_format, agree_on_stages
 from hf_dflop.pipeline.loss import count_label_tokens, sum_losses
 from hf_dflop.pipeline.schedule import fits_plan, make_runtime
 from hf_dflop.pipeline.setup import checkpoint_layers, freeze, is_reentrant
 from hf_dflop.pipeline.shell import drop
-from hf_dflop.pipeline.split import build_part, check_layers, foreign_names, owner_stage
-from hf_dflop.pipeline.stage import RaggedStage, StageStep, Wire
-from hf_dflop.pipeline.structure import read_structure
-from hf_dflop.pipeline.topology import VISION_STAGE, Topology
+from hf_dflop.pipeline.split import build_part, foreign_names, owner_stage, read_cut
+from hf_dflop.pipeline.stage import RaggedStage
+from hf_dflop.pipeline.topology import Topology
+from hf_dflop.pipeline.wire import StageStep, Wire
 from hf_dflop.plan.actions import Kind, Order
 from hf_dflop.plan.orders import make_order
 from hf_dflop.plan.plan import Plan
 
 __all__ = ["PipelineModel", "StepResult"]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StepResult:
-    """What a call gives, on every rank."""
-
-    loss: float
-    """Sum of token losses of the call ÷ label tokens of the optimizer step."""
-    label_tokens: int
-    """Label tokens of the call, counted in the labels themselves."""
-    logits: dict[int, torch.Tensor]
-    """Microbatch -> logits of this replica, on ranks of the last stage, if they were asked for."""
-    losses: dict[int, torch.Tensor] = field(default_factory=dict)
-    """Microbatch -> this replica's share of `loss`, on ranks of the last stage."""
 
 
 class PipelineModel(nn.Module):
@@ -87,8 +73,7 @@ class PipelineModel(nn.Module):
         self.plan = plan
         self.topology = Topology(plan=plan)
         self.place = self.topology.place(dist.get_rank())
-        self.structure = read_structure(model)
-        check_layers(plan, self.structure)
+        self.structure = read_cut(model, plan)
         freeze(model, self.structure, plan.frozen)
         checkpoint_layers(model, self.structure, vision=plan.vision.checkpointing, llm=plan.llm.checkpointing)
         self.config, self.model_class = model.config, type(model)
@@ -175,17 +160,21 @@ class PipelineModel(nn.Module):
 
     def _ties(self) -> list[tuple[int, ...]]:
         """The first and the last LLM rank of each replica where they hold copies of one weight."""
-        columns, last = self.topology.stage_columns, self.topology.last_stage
-        if not self.structure.tied or columns[1] == columns[last]:
+        first, last = self.topology.first_llm_stage, self.topology.last_stage
+        if not self.structure.tied or self.topology.stage_columns[first] == self.topology.stage_columns[last]:
             return []
         replicas = range(self.plan.llm.dp)
-        return [(self.topology.rank(1, replica), self.topology.rank(last, replica)) for replica in replicas]
+        return [(self.topology.rank(first, replica), self.topology.rank(last, replica)) for replica in replicas]
 
     def _tied_weight(self) -> nn.Parameter:
-        holder = self.get_submodule(self.structure.embedding) if 1 in self.place.stages else self._head()
+        holder = self.get_submodule(self.structure.embedding) if self._embeds else self._head()
         weight = holder.weight
         assert isinstance(weight, nn.Parameter)
         return weight
+
+    @property
+    def _embeds(self) -> bool:
+        return self.topology.first_llm_stage in self.place.stages
 
     def _head(self) -> nn.Module:
         return next(
@@ -264,7 +253,7 @@ class PipelineModel(nn.Module):
             ShapeMismatchError: tensors are not of the shapes that were announced.
         """
         shape = batch.shape
-        routes = route_step(shape, self.topology.replicas(VISION_STAGE), colocated=not self.topology.disjoint)
+        routes = route_step(shape, self.topology.replicas(0), colocated=not self.topology.disjoint)
         runtime = self._runtime(order or self.order_for(shape.num_microbatches), shape.num_microbatches)
         self._agree(batch, routes)
         divisor = torch.tensor(max(shape.label_tokens, 1), device=self.wire.device)
@@ -308,6 +297,9 @@ class PipelineModel(nn.Module):
         """At the first step, and at the first with images: the format of features; are the stages exact."""
         has_images = any(any(route.encoder_rows) for route in routes)
         if self._form is None and has_images:
+            if self._check and self.structure.stack is not None:
+                check_parts = partial(check_encoder, self.model_class, self.config, self.plan)
+                agree_on_encoder(batch, routes, self.topology, self.place, check_parts)
             vision = next((stage for stage in self._stages if stage.is_vision), None)
             self._form = agree_on_format(batch, routes, self.topology, self.place, self.wire, vision)
         if self._check and has_images not in self._checked and True not in self._checked:
@@ -346,7 +338,7 @@ class PipelineModel(nn.Module):
     def counted_parameters(self) -> Iterator[nn.Parameter]:
         """Parameters that this rank counts where every parameter of the model counts once, over all ranks."""
         if self.place.replica == 0:
-            skip = self._tied_weight() if self._tie_group is not None and 1 not in self.place.stages else None
+            skip = self._tied_weight() if self._tie_group is not None and not self._embeds else None
             yield from (parameter for parameter in self.parameters() if parameter is not skip)
 
     def grad_norm(self) -> torch.Tensor:
