@@ -8,8 +8,10 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-def launch(module: str, *arguments: str, num_processes: int, timeout_s: float = 240) -> str:
+def launch(module: str, *arguments: str, num_processes: int, timeout_s: float = 240, forked: bool = False) -> str:
     """Run `python -m module arguments` in `num_processes` processes; returns what they printed.
+
+    `forked` saves each process its imports: by forking them, not under torchrun.
 
     Raises:
         AssertionError: a process failed or did not end in time; with its output.
@@ -19,6 +21,8 @@ def launch(module: str, *arguments: str, num_processes: int, timeout_s: float = 
         "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1",
         "-m", module, *arguments,
     ]  # fmt: skip
+    if forked:
+        command = [sys.executable, "-m", "tests.distributed.forked", str(num_processes), module, *arguments]
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
         "EXPECTED_WORLD_SIZE": str(num_processes),

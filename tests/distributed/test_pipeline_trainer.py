@@ -22,7 +22,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_ten_steps_resume_and_stock_checkpoint(folder: Path) -> None:
-    output = launch(SCRIPT, "train", str(folder), "1,2,1", num_processes=3)
+    output = launch(SCRIPT, "train", str(folder), "1,2,1", num_processes=3, forked=True)
     assert output.count("trainer: ") == 3
 
 
@@ -31,5 +31,5 @@ def test_a_killed_rank_ends_all_and_the_newest_checkpoint_resumes_under_another_
     with pytest.raises(AssertionError, match="failed"):
         launch(SCRIPT, "die", str(folder), "1,2,1", "2", "save", num_processes=3, timeout_s=180)
     assert time.time() - (folder / "killed" / "died").stat().st_mtime <= 30, time.monotonic() - begin
-    output = launch(SCRIPT, "revive", str(folder), "1,1,1", num_processes=2)
+    output = launch(SCRIPT, "revive", str(folder), "1,1,1", num_processes=2, forked=True)
     assert "trainer: revived" in output

@@ -1,9 +1,9 @@
 """Each rank of a pipeline is killed in turn, in a forward, in a backward and while a checkpoint is being saved.
 
-Arguments: a folder, places (comma separated: forward, backward, save), ranks (comma separated). Processes are forked
-from this one, without a launcher that would end the others: each must notice by itself. For every case: the others end
-with an error in time, and the newest checkpoint is that of an undisturbed run, bit by bit. For every place: it is
-resumed, and ends where the undisturbed run does.
+Arguments: a folder, places (comma separated: forward, backward, save), ranks that die in each of them (comma
+separated; or "1/0/2": one for each place). Processes are forked from this one, without a launcher that would end the
+others: each must notice by itself. For every case: the others end with an error in time, and the newest checkpoint is
+that of an undisturbed run, bit by bit. In the last case it is resumed, and ends where the undisturbed run does.
 """
 
 import multiprocessing
@@ -105,29 +105,28 @@ def same_weights(first: str, second: str) -> None:
         assert all(torch.equal(ours[key][part], theirs[key][part]) for key in theirs for part in theirs[key])
 
 
-def main(folder: Path, places: list[str], victims: list[int]) -> None:
+def main(folder: Path, cases: list[tuple[str, int]]) -> None:
     undisturbed = folder / "undisturbed"
     ended = run(undisturbed)
     assert [ended[rank][0] for rank in range(SIZE)] == [0] * SIZE, ended
-    for where in places:
-        for victim in victims:
-            killed = folder / f"{where}{victim}"
-            ended = run(killed, victim, where)
-            assert len(ended) == SIZE, f"rank {victim} died in {where}; ended: {ended}"
-            assert ended[victim][0] == -signal.SIGKILL, ended
-            waited = {rank: at - ended[victim][1] for rank, (_, at) in ended.items() if rank != victim}
-            assert all(ended[rank][0] != 0 for rank in waited), ended
-            assert max(waited.values()) <= LIMIT_S, waited
-            newest = get_last_checkpoint(str(killed))
-            assert newest == str(killed / f"checkpoint-{SAVE_STEPS}"), newest
-            same_weights(newest, str(undisturbed / f"checkpoint-{SAVE_STEPS}"))
-            if victim == victims[-1]:
-                ended = run(killed, resume=newest)
-                assert [ended[rank][0] for rank in range(SIZE)] == [0] * SIZE, ended
-                same_weights(str(killed / f"checkpoint-{STEPS}"), str(undisturbed / f"checkpoint-{STEPS}"))
-                assert not list(killed.glob(".saving-*"))
-            shutil.rmtree(killed)
-            print(f"killed: rank {victim} in {where}; the others ended in {max(waited.values()):.1f} s", flush=True)
+    for where, victim in cases:
+        killed = folder / f"{where}{victim}"
+        ended = run(killed, victim, where)
+        assert len(ended) == SIZE, f"rank {victim} died in {where}; ended: {ended}"
+        assert ended[victim][0] == -signal.SIGKILL, ended
+        waited = {rank: at - ended[victim][1] for rank, (_, at) in ended.items() if rank != victim}
+        assert all(ended[rank][0] != 0 for rank in waited), ended
+        assert max(waited.values()) <= LIMIT_S, waited
+        newest = get_last_checkpoint(str(killed))
+        assert newest == str(killed / f"checkpoint-{SAVE_STEPS}"), newest
+        same_weights(newest, str(undisturbed / f"checkpoint-{SAVE_STEPS}"))
+        if (where, victim) == cases[-1]:
+            ended = run(killed, resume=newest)
+            assert [ended[rank][0] for rank in range(SIZE)] == [0] * SIZE, ended
+            same_weights(str(killed / f"checkpoint-{STEPS}"), str(undisturbed / f"checkpoint-{STEPS}"))
+            assert not list(killed.glob(".saving-*"))
+        shutil.rmtree(killed)
+        print(f"killed: rank {victim} in {where}; the others ended in {max(waited.values()):.1f} s", flush=True)
 
 
 if __name__ == "__main__":
@@ -135,4 +134,9 @@ if __name__ == "__main__":
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": str(SIZE), "LOCAL_WORLD_SIZE": str(SIZE)}
     os.environ |= {"GLOO_SOCKET_IFNAME": "lo"}
     BUILT = ingredients(torch.float32)
-    main(Path(sys.argv[1]), sys.argv[2].split(","), [int(rank) for rank in sys.argv[3].split(",")])
+    places, ranks = sys.argv[2].split(","), sys.argv[3]
+    if "/" in ranks:
+        cases = list(zip(places, map(int, ranks.split("/")), strict=True))
+    else:
+        cases = [(place, int(rank)) for place in places for rank in ranks.split(",")]
+    main(Path(sys.argv[1]), cases)

@@ -5,6 +5,8 @@ example FOLDER PP       the example in the docstring of `hf_dflop.prepare`, run;
 loop FOLDER PP          a loop that takes an optimizer class; its losses and norms; saved and resumed; what must fail
 """
 
+import copy
+import functools
 import re
 import sys
 from functools import partial
@@ -28,11 +30,28 @@ ADAMW = {"lr": 1e-3, "weight_decay": 0.1}
 TOLERANCE = {"float32": 1e-5, "float64": 1e-9}
 
 
+@functools.cache
+def master(dtype: torch.dtype) -> tuple[Any, Any, Any]:
+    return ingredients(dtype)
+
+
+def fresh(dtype: torch.dtype) -> tuple[Any, Any, Any]:
+    """Model, annotated rows, collator."""
+    built, rows, collator = master(dtype)
+    return copy.deepcopy(built), rows, collator
+
+
+def warm() -> None:
+    """What every process needs, built once."""
+    for name in TOLERANCE:
+        master(getattr(torch, name))
+
+
 def stock(folder: Path) -> None:
     found = {}
     for name in TOLERANCE:
         set_seed(SEED)
-        built, rows, collator = ingredients(getattr(torch, name))
+        built, rows, collator = fresh(getattr(torch, name))
         accelerator = Accelerator(
             cpu=True,
             gradient_accumulation_steps=MICROBATCHES * CALLS,
@@ -85,7 +104,7 @@ def example(folder: Path, pp: int) -> None:
     stock_run = torch.load(folder / "loop.pt", weights_only=False)
     for dtype, tolerance in TOLERANCE.items():
         set_seed(SEED)
-        model, annotated, collator = ingredients(getattr(torch, dtype))
+        model, annotated, collator = fresh(getattr(torch, dtype))
         out = folder / f"example{dtype}"
         names = {"model": model, "annotated": annotated, "collator": collator, "plan": make_plan(pp), "folder": out}
         shared = {"hf_dflop": hf_dflop, "torch": torch, "Accelerator": Accelerator}
@@ -127,7 +146,7 @@ class Run:
 
     def __init__(self, pp: int, dtype: str, *, local_norm: bool = False) -> None:
         set_seed(SEED)
-        built, rows, collator = ingredients(getattr(torch, dtype))
+        built, rows, collator = fresh(getattr(torch, dtype))
         self.accelerator = Accelerator(gradient_accumulation_steps=CALLS)
         loader = DataLoader(rows, batch_size=SIZE, shuffle=True, collate_fn=collator)
         factory = partial(torch.optim.AdamW, **ADAMW)
