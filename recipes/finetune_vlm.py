@@ -102,7 +102,9 @@ def prepare(recipe: RecipeArguments, training: TrainingArguments) -> Ingredients
         model_path = str(found.model_path) if recipe.model == _DEMO else recipe.model
         dataset = str(found.dataset_path) if recipe.dataset == _DEMO else recipe.dataset
     with training.main_process_first(desc="loading the model"):
-        model = AutoModelForImageTextToText.from_pretrained(model_path, dtype=recipe.dtype)
+        # Trainer restores weights by name, and misses those of models that save under other names than they train.
+        weights = training.resume_from_checkpoint or model_path
+        model = AutoModelForImageTextToText.from_pretrained(weights, dtype=recipe.dtype)
         processor = AutoProcessor.from_pretrained(model_path)
     if "vision" in recipe.freeze:
         _vision_encoder(model).requires_grad_(False)

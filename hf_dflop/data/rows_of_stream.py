@@ -27,22 +27,27 @@ class RowReader:
     def __init__(self, source: Any) -> None:
         self.source = source
         self._decode: Callable[[Row], Row] | None = None
-        self._raw = source
         features = getattr(source, "features", None)
         if features is not None and hasattr(source, "decode") and getattr(source, "_formatting", None) is None:
-            self._raw = source.decode(False)
             self._decode = features.decode_example
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tell the source which epoch comes; in the process that loader workers are forked from, before they read."""
+        if hasattr(self.source, "set_epoch"):
+            self.source.set_epoch(epoch)
 
     def rows(self, epoch: int) -> Iterator[Row]:
         """All rows of `epoch`, images undecoded where their columns are known."""
-        for stream in (self.source, self._raw):
-            if hasattr(stream, "set_epoch"):
-                stream.set_epoch(epoch)
-        if hasattr(self._raw, "iter"):
-            for batch in self._raw.iter(batch_size=1):
+        # A stream of `datasets` shares its epoch with loader workers and sets it by adding the difference, which two
+        # of them at once do twice. What is derived from it here has an epoch of its own.
+        stream = self.source if self._decode is None else self.source.decode(False)
+        if hasattr(stream, "set_epoch") and getattr(stream, "epoch", None) != epoch:
+            stream.set_epoch(epoch)
+        if hasattr(stream, "iter"):
+            for batch in stream.iter(batch_size=1):
                 yield {name: values[0] for name, values in batch.items()}
         else:
-            yield from self._raw
+            yield from stream
 
     def decoded(self, row: Row) -> Row:
         """The row as iterating over the source gives it."""

@@ -15,7 +15,7 @@ import itertools
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -27,15 +27,13 @@ from hf_dflop.data.dummies import Dummy, assign_filled
 from hf_dflop.data.joined_rows import priced_by_row, sample_costs
 from hf_dflop.data.lookahead import look_ahead
 from hf_dflop.data.place import done_microbatches, place_of
+from hf_dflop.data.step_plan import Caps, Microbatches, StepPlan
 from hf_dflop.data.versions import CostVersion, CostVersions
 from hf_dflop.data.windows import paired_steps
 from hf_dflop.errors import BalanceError
 from hf_dflop.shapes import Shapes
 
-__all__ = ["BalancedBatchSampler", "Caps", "StepPlan", "stock_caps"]
-
-Microbatches = Sequence[Sequence[int]]
-"""The index lists that one rank loads, in order."""
+__all__ = ["BalancedBatchSampler"]
 
 _REMEMBERED_STEPS = 1024
 """Plans kept for the log: more than the steps that loader workers can run ahead of the training loop."""
@@ -48,57 +46,6 @@ _WOULD_HANG = (
     "would leave the others waiting for ever. Use VisionLanguageCollator(dummy_image=True), a larger global batch, or "
     "under DDP ddp_find_unused_parameters=True."
 )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Caps:
-    """The most that one microbatch may hold; `None` means no cap."""
-
-    max_tokens: int | None = None
-    """LLM positions that are computed (padded: rows × longest)."""
-    max_patches: int | None = None
-    """Encoder patches."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StepPlan:
-    """How one optimizer step was grouped, and why."""
-
-    epoch: int
-    step: int
-    """Optimizer step within the epoch."""
-    assignment: Assignment
-    indices: npt.NDArray[np.int64]
-    """`(num_samples,)` dataset index of each position of the assignment."""
-    stock: Sequence[Microbatches]
-    """Dataset indices of the stock grouping: rank → slot → indices."""
-    balanced: bool
-    """Whether the assignment is what runs; `False` keeps the stock grouping."""
-    scheduling_s: float
-    """Seconds that making this plan took."""
-    scheduling_wait_s: float = 0.0
-    """Seconds of them (and of the plans before it) that the loop had to wait."""
-    cost_version: CostVersion | None = None
-    """What the costs come from; None where they never change."""
-    has_image: bool = True
-    """Whether any sample of the step has an image."""
-
-    def microbatches(self, rank: int) -> list[list[int]]:
-        """The dataset indices that `rank` loads, one list per slot."""
-        if not self.balanced:
-            return [list(group) for group in self.stock[rank]]
-        return [self.indices[group].tolist() for group in self.assignment.groups[rank]]
-
-
-def stock_caps(shapes: Shapes, batch_size: int) -> Caps:
-    """Caps that the stock sampler could have reached: `batch_size` samples as large as the largest one.
-
-    With them, balancing can never need more memory than an unlucky stock microbatch.
-    """
-    return Caps(
-        max_tokens=batch_size * int(shapes.llm_tokens.max()),
-        max_patches=max(batch_size * int(shapes.image_patches.max()), 1),
-    )
 
 
 class BalancedBatchSampler:

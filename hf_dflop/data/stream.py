@@ -25,7 +25,7 @@ from hf_dflop.balance import assign, warm_up
 from hf_dflop.cost import CostModel
 from hf_dflop.data.place import done_microbatches, place_of
 from hf_dflop.data.rows_of_stream import Row, RowReader
-from hf_dflop.data.sampler import Caps, StepPlan
+from hf_dflop.data.step_plan import Caps, StepPlan
 from hf_dflop.data.windows import paired_steps
 from hf_dflop.errors import BalanceError, DatasetError
 from hf_dflop.shapes import SHAPE_COLUMNS, Shapes
@@ -127,11 +127,17 @@ class BalancedStream(IterableDataset):
             self._position[:] = torch.tensor([epoch, 0, 0])
             self._loaded = None
             self._num_passed = 0
+        self._tell_epoch(epoch)
+
+    def _tell_epoch(self, epoch: int) -> None:
+        for reader in self._readers:
+            reader.set_epoch(epoch)
 
     def resume(self, epoch: int, step: int, num_empty: int) -> None:
         """Begin the loop's epoch 0 at `step` of `epoch`, after `num_empty` empty microbatches that are thrown away."""
         self._epoch_offset = epoch
         self._position[:] = torch.tensor([epoch, step * self._num_slots, num_empty])
+        self._tell_epoch(epoch)
 
     def state_dict(self, num_microbatches: int | None = None) -> dict[str, Any]:
         """Where this epoch stands, for `load_state_dict`; plain JSON types.

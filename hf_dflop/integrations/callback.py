@@ -11,33 +11,33 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import has_length
 
-from hf_dflop._compat import calling_trainer, replace_batch_sampler, replace_collator
-from hf_dflop.cost import CostModel, ModelSpec
+from hf_dflop._compat import calling_trainer, replace_collator
+from hf_dflop.cost import CostModel
 from hf_dflop.data import PackedCollator
-from hf_dflop.data.sampler import BalancedBatchSampler, Caps, StepPlan, stock_caps
+from hf_dflop.data.sampler import BalancedBatchSampler
+from hf_dflop.data.step_plan import Caps, StepPlan
 from hf_dflop.data.stream import BalancedStream
 from hf_dflop.errors import DatasetError, TrainerError
 from hf_dflop.integrations.checks import (
-    adds_dummy_images,
     check_exactness,
     check_gradients_are_shared,
-    check_images_and_collectives,
-    check_packed_samples,
     check_processor,
-    check_samples,
 )
 from hf_dflop.integrations.correction import Correct, Correction, start_correction
 from hf_dflop.integrations.describe import (
-    choose_objective,
-    computes_all_pairs,
-    describe_training,
-    dummy_of,
     image_parameters,
 )
+from hf_dflop.integrations.installing import install_sampler
 from hf_dflop.integrations.measured import MeasuredStep, gather_steps
-from hf_dflop.integrations.resume import SampleOrder, check_resumed, recalled, remember
+from hf_dflop.integrations.resume import (
+    SampleOrder,
+    check_resumed,
+    check_weights,
+    recalled,
+    remember,
+    seal_weights,
+)
 from hf_dflop.integrations.steplog import step_logs
-from hf_dflop.integrations.stock import StockSharding
 from hf_dflop.integrations.straggler import straggler_line
 from hf_dflop.integrations.streaming import install_stream, is_stream
 from hf_dflop.integrations.timing import StepTimer
@@ -231,6 +231,7 @@ class DflopCallback(TrainerCallback):
             assert self._order is not None
             if self._balance:
                 check_resumed(state, self._order, skips=not args.ignore_data_skip)
+                check_weights(state, trainer.accelerator.unwrap_model(trainer.model))
             if isinstance(self.sampler, BalancedStream) and (done := recalled(state)) and state.global_step:
                 # Trainer skips all microbatches that it ever trained on, as if they were of one epoch.
                 self._resume_step = done["step"] if not args.ignore_data_skip else 0
@@ -264,77 +265,25 @@ class DflopCallback(TrainerCallback):
     def _install(self, trainer: Any, dataloader: Any) -> BalancedBatchSampler:
         if self.shapes is None:
             raise DatasetError("DflopCallback was given a stream, but the Trainer trains on a dataset with a length.")
-        sharding = StockSharding(dataloader.batch_sampler)
-        global_batch = sharding.num_ranks * self._num_slots * sharding.microbatch_size
-        if len(self.shapes) < global_batch:
-            raise DatasetError(
-                f"the dataset has {len(self.shapes)} samples, fewer than one global batch of {global_batch} "
-                f"({sharding.num_ranks} ranks × {self._num_slots} microbatches × {sharding.microbatch_size} samples). "
-                "Use more data, a smaller per_device_train_batch_size, or fewer gradient_accumulation_steps."
-            )
         if self._dataset is not None:
             check_processor(trainer, self._dataset)
-        config = trainer.accelerator.unwrap_model(trainer.model).config
-        spec = ModelSpec.from_config(config)
-        padded = check_samples(dataloader, self.shapes, spec.image_token_id, self._verify, self._seed)
-        check_packed_samples(trainer, dataloader.dataset, dataloader.collate_fn, self.shapes)
-        dummy_tokens = adds_dummy_images(dataloader, self.shapes, spec.image_token_id)
-        fills_images = dummy_tokens > 0
-        needs_images = check_images_and_collectives(
+        sampler, fills_images, self._order = install_sampler(
             trainer,
+            dataloader,
             self.shapes,
-            spreads=self._balance,
-            fills=fills_images,
-            samples_per_step=global_batch,
-            groups_per_step=sharding.num_ranks * self._num_slots,
+            num_slots=self._num_slots,
+            cost_model=self._cost_model,
+            objective=self._objective,
+            caps=Caps(max_tokens=self._max_tokens, max_patches=self._max_patches),
+            balance=self._balance,
+            verify=self._verify,
+            steps_per_epoch=self._steps_per_epoch,
+            oversize=self._oversize,
+            window_steps=self._window_steps,
+            seed=self._seed,
         )
         if fills_images and not trainer.is_deepspeed_enabled:
             self._image_parameters = image_parameters(trainer)
-        self._order = SampleOrder(
-            dataset=self.shapes.fingerprint(),
-            num_samples=len(self.shapes),
-            samples_per_step=global_batch,
-            steps_per_epoch=self._steps_per_epoch,
-            window_steps=self._window_steps,
-        )
-        caps = stock_caps(self.shapes, sharding.microbatch_size)
-        cost_model = self._cost_model or CostModel.analytic(spec, **describe_training(trainer))
-        sampler = BalancedBatchSampler(
-            sharding.epoch_groups,
-            self.shapes,
-            cost_model,
-            rank=sharding.rank,
-            num_ranks=sharding.num_ranks,
-            num_slots=self._num_slots,
-            length=sharding.length,
-            objective=choose_objective(trainer) if self._objective == "auto" else self._objective,
-            padded=padded,
-            caps=Caps(
-                max_tokens=self._max_tokens or caps.max_tokens,
-                max_patches=self._max_patches or caps.max_patches,
-            ),
-            balance=self._balance,
-            set_stock_epoch=sharding.set_epoch,
-            seed=self._seed,
-            spread_images=needs_images and self._balance,
-            fill_images=fills_images,
-            window_steps=self._window_steps,
-            oversize=self._oversize,
-            samples_per_step=global_batch,
-            all_pairs=computes_all_pairs(trainer),
-            dummy=dummy_of(cost_model, self.shapes, dummy_tokens),
-        )
-        sampler.warm_up()
-        replace_batch_sampler(dataloader, sampler)
-        logger.info(
-            "hf_dflop %s %d samples over %d ranks × %d microbatches per step (%s, objective %r)",
-            "balances" if self._balance else "measures",
-            len(self.shapes),
-            sharding.num_ranks,
-            self._num_slots,
-            "padded" if padded else "packed",
-            sampler.objective,
-        )
         return sampler
 
     # ---- the training loop ------------------------------------------------------------------------------------
@@ -386,9 +335,22 @@ class DflopCallback(TrainerCallback):
             self._collect()
             self._correction.learn()
             self._correction.remember(state)
-        if self._order is not None:
-            epoch = self.sampler.epoch if isinstance(self.sampler, BalancedStream) else self._epoch
-            remember(state, self._order, epoch=epoch, step=self._step)
+        self._remember(state, control)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if control.should_save:
+            self._remember(state, control)
+
+    def _remember(self, state: TrainerState, control: TrainerControl) -> None:
+        if self._order is None:
+            return
+        epoch = self.sampler.epoch if isinstance(self.sampler, BalancedStream) else self._epoch
+        weights = (
+            seal_weights(self._trainer.accelerator.unwrap_model(self._trainer.model)) if control.should_save else {}
+        )
+        remember(state, self._order, epoch=epoch, step=self._step, weights=weights)
 
     def on_log(
         self,

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from hf_dflop.data.sampler import StepPlan
+from hf_dflop.data.step_plan import StepPlan
 from hf_dflop.data.versions import CostVersions
 from hf_dflop.integrations.timing import StepTiming
 

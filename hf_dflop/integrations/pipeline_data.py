@@ -21,7 +21,8 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset
 from hf_dflop.cost import CostModel, ModelSpec, Trainable
 from hf_dflop.data import PackedCollator, VisionLanguageCollator
 from hf_dflop.data.lookahead import look_ahead
-from hf_dflop.data.sampler import LOOK_AHEAD_STEPS, BalancedBatchSampler, stock_caps
+from hf_dflop.data.sampler import LOOK_AHEAD_STEPS, BalancedBatchSampler
+from hf_dflop.data.step_plan import stock_caps
 from hf_dflop.errors import TrainerError
 from hf_dflop.integrations.stock import StockSharding
 from hf_dflop.pipeline import MicrobatchShape, PipelineModel, StepBatch, StepShape, Topology, build_batch

@@ -5,19 +5,28 @@ as the dataset and the number of samples per step are those of the interrupted r
 Where they are not, `Trainer` goes on at another place of the epoch without a word. A record in the checkpoint's
 `trainer_state.json` tells them apart.
 
+Nor does `Trainer` insist that the weights of the checkpoint were restored. Where a model class saves under other names
+than its modules have (LLaVA is one), `Trainer` finds none of them, warns of missing keys, and trains on from the
+weights that the script loaded. Sums of a few parameters in the record tell.
+
 In: the state of the Trainer and the record of this run. Out: nothing, or an error with the remedy.
 
 Assumptions: the seed is the interrupted run's (Trainer says nothing about it either).
 """
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+
 from hf_dflop.errors import TrainerError
 
-__all__ = ["SampleOrder", "check_resumed", "recalled", "remember"]
+__all__ = ["SampleOrder", "check_resumed", "check_weights", "recalled", "remember", "seal_weights"]
 
 _KEY = "hf_dflop"
+_SEALED = 4
+"""Parameters whose sums tell whether weights were restored; spread over the model."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,4 +103,33 @@ def check_resumed(state: Any, order: SampleOrder, *, skips: bool) -> None:
                 f"would go on in epoch {goes_on[0]} after {goes_on_at}, so that samples are used twice or not at all. "
                 f"Keep ranks × gradient_accumulation_steps × per_device_train_batch_size = "
                 f"{saved['samples_per_step']}, or set ignore_data_skip=True to begin an epoch anew."
+            )
+
+
+def seal_weights(model: torch.nn.Module) -> dict[str, float]:
+    """Name and type → sum of magnitudes of a few trained parameters; nothing of sharded ones. Waits for the device."""
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad and p.numel()]
+    if not trained or any(hasattr(p, "full_tensor") or p.device.type == "meta" for _, p in trained):
+        return {}
+    chosen = trained[:: max(len(trained) // _SEALED, 1)][: _SEALED - 1] + trained[-1:]
+    return {f"{name} ({p.dtype})": float(p.detach().double().abs().sum()) for name, p in chosen}
+
+
+def check_weights(state: Any, model: torch.nn.Module) -> None:
+    """Raise when a resumed run does not have the weights of the checkpoint.
+
+    Raises:
+        TrainerError: a trained parameter of the interrupted run has another value.
+    """
+    sealed = (recalled(state) or {}).get("weights")
+    if state.global_step == 0 or not sealed:
+        return
+    found = seal_weights(model)
+    for name, expected in sealed.items():
+        if name in found and not math.isclose(found[name], expected, rel_tol=1e-10):
+            raise TrainerError(
+                f"the checkpoint of step {state.global_step} was resumed, but {name} does not have its weights (sum "
+                f"of magnitudes {found[name]:.9g}, {expected:.9g} when it was saved). Trainer restores by name, and "
+                "this model saves under other names than it trains (it warned of missing keys). Build the model with "
+                "from_pretrained(checkpoint folder) before resuming."
             )

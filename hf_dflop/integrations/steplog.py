@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from hf_dflop.data.sampler import StepPlan
+from hf_dflop.data.step_plan import StepPlan
 
 __all__ = ["step_logs"]
 

@@ -19,7 +19,7 @@ from torch.utils.data import IterableDataset
 from hf_dflop._compat import replace_stream
 from hf_dflop.cost import CostModel, ModelSpec
 from hf_dflop.data.rows_of_stream import RowReader
-from hf_dflop.data.sampler import Caps
+from hf_dflop.data.step_plan import Caps
 from hf_dflop.data.stream import BalancedStream
 from hf_dflop.errors import DatasetError, TrainerError
 from hf_dflop.integrations.checks import (

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hf_dflop.data.sampler import StepPlan
+from hf_dflop.data.step_plan import StepPlan
 from hf_dflop.errors import DatasetError
 from hf_dflop.integrations.timing import StepTiming
 from hf_dflop.plan.recorded import read_trace

@@ -47,9 +47,9 @@ FEATURES = Features(
 class DocumentLimits:
     """How a page is cut into samples, and which pages are held out."""
 
-    max_chars: int = 1600
-    """Longest text of the assistant turn of one sample, in characters (about 400 tokens): short enough for old CPUs,
-    where a token of a whole vocabulary's logits takes 6 ms, and still 5 times the mean sample."""
+    max_chars: int = 1400
+    """Longest text of the assistant turn of one sample, in characters (about 350 tokens): short enough for old CPUs,
+    where a token of a whole vocabulary's logits takes 6 ms, and still five times the mean sample."""
     max_images: int = 5
     """Most figures of one sample."""
     min_chars: int = 40

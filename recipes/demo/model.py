@@ -58,7 +58,7 @@ CHAT_TEMPLATE = """\
 class DemoModelConfig:
     """How much of the real weights is kept, and how pictures are cut."""
 
-    vision_layers: int = 8
+    vision_layers: int = 6
     """Of the encoder's 12 layers."""
     llm_layers: int = 2
     """Of the LLM's 30 layers."""

@@ -40,8 +40,8 @@ class DemoSettings:
     budget_s: float = 390.0
     """Seconds that all runs together may take."""
     num_rounds: int = 3
-    num_calibration: int = 16
-    num_eval_samples: int = 12
+    num_calibration: int = 12
+    num_eval_samples: int = 8
     learning_rate: float = 1e-3
 
     @property

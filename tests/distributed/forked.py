@@ -1,53 +1,78 @@
-"""Runs a script of this folder in several processes that are forked from one, so that libraries are imported once.
+"""Runs a module on several ranks, as torchrun would, in processes forked from one that has imported the libraries.
 
-Arguments: number of processes, module, its arguments. Every process sees what torchrun would tell it. A module's
-`warm`, if it has one, is called before, to build once what every process needs. The first process that fails ends the
-others.
+Importing them is half of the time of a short test; so it is done once for all ranks. The environment of a rank is
+torchrun's. When one rank fails, the others are ended.
 """
 
 import importlib
-import multiprocessing
 import os
 import runpy
+import signal
 import socket
 import sys
-import time
+import traceback
 
 import torch
-import torch.distributed as dist
+
+# What the scripts import. Nothing here may start threads: a fork takes only the calling one along.
+_LIBRARIES = [
+    "accelerate", "datasets", "peft", "transformers.trainer", "transformers.models.auto.modeling_auto",
+    "transformers.models.llava.modeling_llava", "transformers.models.llama.modeling_llama",
+    "transformers.models.clip.modeling_clip", "hf_dflop.integrations.callback", "hf_dflop.data.packing_check",
+    "hf_dflop.profile.dataset", "hf_dflop.balance.search",
+]  # fmt: skip
 
 
-def child(rank: int, module: str) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-    runpy.run_module(module, run_name="__main__", alter_sys=False)
+def free_port() -> int:
+    """A port of the loopback that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def run_rank(rank: int, num_processes: int, port: int, module: str, arguments: list[str]) -> None:
+    """What a forked process does; never returns."""
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(num_processes), LOCAL_WORLD_SIZE=str(num_processes),
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+    )  # fmt: skip
+    sys.argv = [module, *arguments]
+    status = 1
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        status = 0
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 def main() -> None:
-    size, module = int(sys.argv[1]), sys.argv[2]
-    sys.argv = sys.argv[2:]
+    num_processes, module, *arguments = sys.argv[1:]
     torch.set_num_threads(1)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
-    os.environ |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    warm = getattr(importlib.import_module(module), "warm", None)
-    if warm is not None:
-        warm()
-    fork = multiprocessing.get_context("fork")
-    processes = [fork.Process(target=child, args=(rank, module)) for rank in range(size)]
-    for process in processes:
-        process.start()
-    store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
-    codes: list[int | None] = [None] * size
-    while None in codes and not any(codes):
-        codes = [process.exitcode for process in processes]
-        time.sleep(0.02)
-    for process in processes:
-        process.kill()
-    del store
-    if any(codes):
-        sys.exit(f"{module}: exit codes of the ranks: {codes}")
+    for library in _LIBRARIES:
+        importlib.import_module(library)
+    port = free_port()
+    children = {}
+    for rank in range(int(num_processes)):
+        child = os.fork()
+        if child == 0:
+            run_rank(rank, int(num_processes), port, module, arguments)
+        children[child] = rank
+    failed = False
+    while children:
+        child, status = os.wait()
+        rank = children.pop(child)
+        if status and not failed:
+            failed = True
+            print(f"rank {rank} ended with status {os.waitstatus_to_exitcode(status)}", flush=True)
+            for other in children:
+                os.kill(other, signal.SIGKILL)
+    sys.exit(int(failed))
 
 
 if __name__ == "__main__":

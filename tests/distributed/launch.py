@@ -1,4 +1,4 @@
-"""Launches a script of this folder under torchrun, on loopback, with a time-out that turns a hang into a failure."""
+"""Launches a script of this folder on several ranks, on loopback, with a time-out that turns a hang into a failure."""
 
 import os
 import subprocess
@@ -8,21 +8,24 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-def launch(module: str, *arguments: str, num_processes: int, timeout_s: float = 240, forked: bool = False) -> str:
+def launch(
+    module: str, *arguments: str, num_processes: int, timeout_s: float = 240, under_torchrun: bool = False
+) -> str:
     """Run `python -m module arguments` in `num_processes` processes; returns what they printed.
 
-    `forked` saves each process its imports: by forking them, not under torchrun.
+    They are forked from one that has imported the libraries, which saves half of a short run; `under_torchrun` where
+    it is torchrun's own doing that is tested.
 
     Raises:
         AssertionError: a process failed or did not end in time; with its output.
     """
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(num_processes),
-        "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1",
-        "-m", module, *arguments,
-    ]  # fmt: skip
-    if forked:
-        command = [sys.executable, "-m", "tests.distributed.forked", str(num_processes), module, *arguments]
+    command = [sys.executable, "-m", "tests.distributed.forked", str(num_processes), module, *arguments]
+    if under_torchrun:
+        command = [
+            sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(num_processes),
+            "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1",
+            "-m", module, *arguments,
+        ]  # fmt: skip
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
         "EXPECTED_WORLD_SIZE": str(num_processes),

@@ -62,6 +62,8 @@ def test_microbatches_without_images_neither_hang_nor_change_the_steps(tmp_path:
     )  # fmt: skip
     output = launch(script, "compare", str(tmp_path / "stock.pt"), num_processes=2, timeout_s=120)
     assert output.count("image free: ") == 2 * 8
+    output = launch(script, "compare", str(tmp_path / "stock.pt"), num_processes=8)
+    assert output.count("image free: one image for eight ranks") == 8
 
 
 def test_a_dummy_image_keeps_sharded_ranks_together() -> None:

@@ -21,10 +21,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_documented_example_takes_the_stock_steps_and_saves_a_stock_checkpoint(folder: Path) -> None:
-    output = launch(SCRIPT, "example", str(folder), "2", num_processes=3, forked=True)
+    output = launch(SCRIPT, "example", str(folder), "2", num_processes=3)
     assert output.count("example: ") == 2
 
 
 def test_losses_norms_and_resuming(folder: Path) -> None:
-    output = launch(SCRIPT, "loop", str(folder), "1", num_processes=2, forked=True)
+    output = launch(SCRIPT, "loop", str(folder), "1", num_processes=2)
     assert "loop: equal, and resumed" in output

@@ -77,6 +77,8 @@ def save(folder: Path) -> None:
         again = train(data, [DflopCallback(data, correct=False)], resume=f"{path}/checkpoint-{2 * STOP}",
                       dataloader_num_workers=2, **settings)  # fmt: skip
         assert again.noted == [entry for entry in whole.noted if entry[0] >= 2 * STOP], name
+        difference = relative_difference(parameters(again), parameters(whole))
+        assert difference <= 1e-6, (name, difference)
         found = steps_of(whole)
         if PartialState().is_main_process:
             (folder / f"{name}.json").write_text(json.dumps(found))
@@ -111,6 +113,8 @@ def resume(folder: Path) -> None:
         TrainerError, match=r"trained on 45 samples with the fingerprint '\w+', and this dataset has 45"
     ):
         train(other, [DflopCallback(other)], resume=point, **COMMON)
+    with pytest.raises(TrainerError, match=r"was resumed, but .* does not have its weights .* Build the model with"):
+        train(dataset, [DflopCallback(dataset)], resume=point, model=tiny.model(), **COMMON)
     bigger = COMMON | {"per_device_train_batch_size": 4}
     with pytest.raises(TrainerError, match=r"8 samples per optimizer step, .* uses 16\. .* ignore_data_skip=True"):
         train(dataset, [DflopCallback(dataset)], resume=point, **bigger)

@@ -30,7 +30,10 @@ CASES: dict[str, dict[str, Any]] = {
     "dummy, checkpointing": {"with_images": 0.07, "dummy": True, "checkpointing": True, "frozen": True},
     "dummy, reentrant": {"with_images": 0.07, "dummy": True, "checkpointing": True, "reentrant": True},
     "dummy and spread": {"with_images": 0.4, "dummy": True},
+    # most steps have one image or none, for all ranks together
+    "one image for eight ranks": {"with_images": 0.03, "dummy": True, "ranks": 8, "samples": 16},
 }
+"""What a case is; on 2 `ranks` and with 12 `samples` a step unless it says otherwise."""
 
 
 def train(
@@ -54,7 +57,8 @@ def train(
         trainer = Trainer(
             built,
             TrainingArguments(
-                output_dir=folder, per_device_train_batch_size=6 // WORLD, gradient_accumulation_steps=2, max_steps=8,
+                output_dir=folder, per_device_train_batch_size=case.get("samples", 12) // 2 // WORLD,
+                gradient_accumulation_steps=2, max_steps=8,
                 learning_rate=0.05, optim="sgd", optim_args="momentum=0.9", weight_decay=0.1, max_grad_norm=0.5,
                 lr_scheduler_type="constant", seed=11, report_to=[], save_strategy="no", logging_steps=1,
                 disable_tqdm=True, use_cpu=True, remove_unused_columns=False, ddp_timeout=60,
@@ -74,6 +78,8 @@ if __name__ == "__main__":
     mode, file = sys.argv[1:]
     saved: dict[str, Any] = {} if mode == "save" else torch.load(file, weights_only=True)
     for name, case in CASES.items():
+        if mode == "compare" and case.get("ranks", 2) != WORLD:
+            continue
         dataset, _ = hf_dflop.profile_dataset(
             conversations(96, with_images=case["with_images"]), chat_processor(), verify=0
         )
@@ -86,6 +92,8 @@ if __name__ == "__main__":
         assert (sum(rows) > 0) == case["dummy"], (name, rows)
         assert callback.sampler is not None
         plans = [callback.sampler.plan_of(0, step) for step in range(8)]
+        images = [sum(callback.shapes.num_images[plan.indices]) for plan in plans if plan is not None]
+        assert case.get("ranks") != 8 or 1 in images, images
         has_image = {plan is not None and callback.sampler.has_image(plan) for plan in plans}
         assert has_image == ({True, False} if case["with_images"] < 0.1 else {True}), (name, has_image)
         difference = relative_difference(found, expected)

@@ -56,13 +56,6 @@ def jobs() -> list[tuple[str, list[p.Layout], torch.dtype, bool]]:
     return [(name, layouts, getattr(torch, sys.argv[3]), False) for name in names]  # type: ignore[misc]
 
 
-def warm() -> None:
-    """What every process needs, built once."""
-    for family, _, dtype, tied in jobs():
-        p.model(family, dtype, tied=tied)
-        p.rows_of(family)
-
-
 if __name__ == "__main__":
     worlds = p.Worlds()
     for family, layouts, dtype, tied in jobs():

@@ -219,14 +219,6 @@ def run(worlds: p.Worlds, name: str, case: Case) -> None:
             print(f"schedules: {name}: {worst:.1e}", flush=True)
 
 
-def warm() -> None:
-    """What every process needs, built once."""
-    for case in CASES.values():
-        dtype = case.dtype if case.autocast is None else torch.float32
-        p.model(case.family, dtype, **case.model)
-        p.rows_of(case.family)
-
-
 if __name__ == "__main__":
     worlds = p.Worlds()
     given = sys.argv[1]

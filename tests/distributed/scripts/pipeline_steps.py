@@ -111,13 +111,6 @@ def check_saved(pipe: PipelineModel, family: str, layout: p.Layout, collate: Any
         assert float((found - stock).abs().max()) <= 1e-12 * float(stock.abs().max()), (family, microbatch)
 
 
-def warm() -> None:
-    """What every process needs, built once."""
-    for family in sys.argv[1].split(","):
-        build(family, getattr(torch, sys.argv[3]))
-        p.rows_of(family)
-
-
 if __name__ == "__main__":
     worlds = p.Worlds()
     layout = tuple(map(int, sys.argv[2].split(",")))

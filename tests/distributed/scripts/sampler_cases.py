@@ -12,14 +12,16 @@ from accelerate.utils import broadcast_object_list
 from hf_dflop import DflopCallback
 from hf_dflop.errors import BalanceError, TrainerError
 from tests.distributed import tiny
-from tests.distributed.harness import train
+from tests.distributed.harness import DealingTrainer, train
 
 WORLD = int(os.environ["EXPECTED_WORLD_SIZE"])
 
 
 def check(name: str, count: int, **arguments: Any) -> None:
     dataset, _ = tiny.rows(count)
-    settings = {"max_steps": -1, "num_train_epochs": 2, "logging_steps": 100, **arguments}
+    settings = {
+        "max_steps": -1, "num_train_epochs": 2, "logging_steps": 100, "trainer_class": DealingTrainer, **arguments
+    }  # fmt: skip
     stock = train(dataset, [], **settings)
     balanced = train(dataset, [DflopCallback(dataset)], **settings)
     assert stock.samples_of_steps() == balanced.samples_of_steps(), name
@@ -31,7 +33,10 @@ def check(name: str, count: int, **arguments: Any) -> None:
 def check_resume(stop: int, **arguments: Any) -> None:
     """Stop after `stop` steps, resume, and compare the rest, microbatch by microbatch."""
     dataset, _ = tiny.rows(45)
-    settings = {"max_steps": 11, "per_device_train_batch_size": 2, "logging_steps": 100, **arguments}
+    settings = {
+        "max_steps": 11, "per_device_train_batch_size": 2, "logging_steps": 100, "trainer_class": DealingTrainer,
+        **arguments,
+    }  # fmt: skip
     whole = train(dataset, [DflopCallback(dataset)], **settings)
     stock = train(dataset, [], **settings)
     holder = [tempfile.mkdtemp()]

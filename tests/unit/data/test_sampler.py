@@ -12,7 +12,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from hf_dflop.cost import CostModel, ModelSpec
-from hf_dflop.data.sampler import BalancedBatchSampler, stock_caps
+from hf_dflop.data.sampler import BalancedBatchSampler
+from hf_dflop.data.step_plan import stock_caps
 from hf_dflop.errors import BalanceError
 from hf_dflop.shapes import Shapes
 from tests.distributed import tiny

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_dflop.cost import CostModel, ModelSpec
-from hf_dflop.data.sampler import BalancedBatchSampler, stock_caps
+from hf_dflop.data.sampler import BalancedBatchSampler
+from hf_dflop.data.step_plan import stock_caps
 from hf_dflop.errors import BalanceError, DatasetError
 from hf_dflop.shapes import Shapes
 from tests.distributed import tiny

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from hf_dflop.cost import CostModel, ModelSpec
 from hf_dflop.data.rows_of_stream import RowReader
-from hf_dflop.data.sampler import Caps
+from hf_dflop.data.step_plan import Caps
 from hf_dflop.data.stream import BalancedStream
 from hf_dflop.errors import BalanceError, DatasetError
 from tests.distributed import tiny
@@ -93,6 +93,16 @@ def test_the_number_of_loader_workers_changes_nothing(num_workers: int) -> None:
         direct = build(stream_of(4, shuffled=True), 1)
         direct.set_epoch(epoch)
         assert ids(loader) == ids(direct), epoch
+
+
+def test_reading_leaves_the_epoch_that_loader_workers_share_alone() -> None:
+    """`datasets` adds the difference to it: two workers that set it at once would get another epoch."""
+    source = stream_of(4, shuffled=True)
+    reader = RowReader(source)
+    read = [row["id"] for row in reader.rows(2)]
+    assert source.epoch == 0
+    source.set_epoch(2)
+    assert read == [row["id"] for row in source]
 
 
 def test_an_epoch_reshuffles_as_its_source_does() -> None:

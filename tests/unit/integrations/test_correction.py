@@ -11,7 +11,8 @@ import numpy.typing as npt
 import pytest
 
 from hf_dflop.cost import CostModel, ModelSpec
-from hf_dflop.data.sampler import BalancedBatchSampler, stock_caps
+from hf_dflop.data.sampler import BalancedBatchSampler
+from hf_dflop.data.step_plan import stock_caps
 from hf_dflop.data.versions import CostVersion
 from hf_dflop.errors import BalanceError, TrainerError
 from hf_dflop.integrations.correction import KEY, LOG_KEYS, Correct, Correction

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -271,3 +272,19 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     refused = CliRunner().invoke(app, ["measure", "-m", str(tmp_path / "config.json"), "-o", str(tmp_path)])
     assert isinstance(refused.exception, ModelError)
     assert "is a folder" in str(refused.exception)
+
+
+def test_measuring_needs_no_datasets(tmp_path: Path) -> None:
+    """A machine with GPUs and nothing but torch, transformers and accelerate is enough."""
+    model, _, _ = tiny_models.llava_clip_llama()
+    model.config.save_pretrained(tmp_path)
+    code = (
+        "import sys; sys.modules['datasets'] = sys.modules['evaluate'] = None\n"
+        "import hf_dflop; from transformers import AutoConfig\n"
+        f"profile = hf_dflop.measure_model(AutoConfig.from_pretrained({str(tmp_path)!r}), "
+        "max_tokens=128, max_points=4, num_held_out=1, budget_s=0.1)\n"
+        "print(len(profile.measurements))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=False)
+    assert run.returncode == 0, run.stderr
+    assert int(run.stdout.split()[-1]) > 0
