@@ -140,7 +140,7 @@ def _small_copy(model_class: Any, config: Any) -> nn.Module:
             if parameter.ndim > 1:
                 with torch.no_grad():
                     parameter.normal_(std=parameter.shape[-1] ** -0.5)
-    return built  # type: ignore[no-any-return]
+    return built
 
 
 def _resize(config: Any) -> None:

@@ -80,7 +80,9 @@ def read_stack(model: nn.Module, structure: "Structure", num_layers: int) -> Enc
             "encoder has, or run it as one stage."
         )
     root = next((name for name in structure.encoder if f"{structure.tower}.".startswith(f"{name}.")), structure.tower)
-    frames, before, after = [], [], []
+    frames: list[str] = []
+    before: list[str] = []
+    after: list[str] = []
     at = root
     for step in f"{structure.tower}.{fitting[0]}"[len(root) + 1 :].split("."):
         frames.append(at)
@@ -158,7 +160,7 @@ def _stand_in(original: nn.Module, forward: Any, relay: _Relay) -> nn.Module:
     made.__dict__.pop("forward", None)
     made.__dict__["relay"] = relay
     made.__dict__["gradient_checkpointing"] = False
-    return made  # type: ignore[no-any-return]
+    return made
 
 
 class _Shape(nn.Module):
