@@ -7,6 +7,7 @@
     measure_model     what a model's parts take on this machine
     PipelineModel     a stock model whose encoder and LLM run on their own ranks, in stages
     DflopTrainer      `Trainer` over a PipelineModel
+    prepare           the same in an Accelerate loop of your own
     CostModel         shapes → seconds per module
     simulate          what a plan's steps take on a dataset, and why ranks wait
     balance.assign    the partitioner that the callback runs
@@ -39,6 +40,7 @@ _EXPORTS = {
     "check_packing": "hf_dflop.data",
     "measure_model": "hf_dflop.profile.measure",
     "make_plan": "hf_dflop.plan.make_plan",
+    "prepare": "hf_dflop.integrations",
     "profile_dataset": "hf_dflop.profile",
     "simulate": "hf_dflop.plan.simulation",
 }
@@ -50,7 +52,7 @@ if TYPE_CHECKING:
     from hf_dflop.cost import CostModel, ModelProfile, ModelSpec
     from hf_dflop.data import BalancedStream, PackedCollator, VisionLanguageCollator, check_packing
     from hf_dflop.errors import DflopError
-    from hf_dflop.integrations import DflopCallback, DflopTrainer
+    from hf_dflop.integrations import DflopCallback, DflopTrainer, prepare
     from hf_dflop.pipeline import PipelineModel, PipelineTrace
     from hf_dflop.plan.cluster import Cluster
     from hf_dflop.plan.make_plan import make_plan

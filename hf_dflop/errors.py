@@ -9,7 +9,7 @@
         ├── ModelError(ValueError)        the model has no vision encoder, or its structure is not understood
         ├── BalanceError(ValueError)      costs, caps or bucket counts that no assignment can satisfy
         ├── PlanError(ValueError)         a plan that contradicts itself, or for which nothing fits
-        └── TrainerError(ValueError)      a Trainer setting under which balancing would not be exact
+        └── TrainerError(ValueError)      a setting of Trainer or Accelerator under which a run would not be exact
 
 Every message states the value found, the rule that it breaks, and what to change.
 """
@@ -48,4 +48,4 @@ class PlanError(DflopError, ValueError):
 
 
 class TrainerError(DflopError, ValueError):
-    """A Trainer setting under which balancing would change what the optimizer sees."""
+    """A setting of Trainer or Accelerator under which a run would change what the optimizer sees."""

@@ -1,17 +1,19 @@
-"""Refuses what a Trainer cannot do exactly with a pipeline, by name and with the remedy, before anything is built.
+"""Refuses what Trainer or Accelerator cannot do exactly with a pipeline, by name and with the remedy, before
+anything is built.
 
-In: Trainer's own arguments. Out: nothing, or a `TrainerError`.
+In: their own arguments. Out: nothing, or a `TrainerError`.
 """
 
 from typing import Any
 
+import torch.distributed as dist
 from torch.utils.data import IterableDataset
 
 from hf_dflop.errors import TrainerError
 from hf_dflop.integrations.callback import DflopCallback
 from hf_dflop.pipeline import PipelineModel
 
-__all__ = ["check_arguments", "check_dataset", "check_pieces"]
+__all__ = ["check_accelerator", "check_arguments", "check_dataset", "check_pieces"]
 
 _UNSUPPORTED: tuple[tuple[str, str], ...] = (
     ("fp16", "use bf16, or float32: the scaler of float16 looks for overflows on one rank alone"),
@@ -63,6 +65,25 @@ def check_arguments(args: Any, pipe: PipelineModel) -> None:
             f"gradient_accumulation_steps={args.gradient_accumulation_steps} × {pipe.plan.llm.dp} replicas make "
             f"{found}."
         )
+
+
+def check_accelerator(accelerator: Any) -> None:
+    """Raises `TrainerError` for an `Accelerator` under which a pipeline does not run."""
+    kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
+    if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM") or getattr(accelerator, "parallelism_config", None):
+        raise TrainerError(f"the Accelerator is set to {kind}, but the plan lays out the model: leave it out.")
+    if not dist.is_initialized():
+        raise TrainerError(
+            "there is one process without a process group; launch as many as the plan has ranks, with accelerate "
+            "launch or torchrun."
+        )
+    if accelerator.mixed_precision not in ("no", "bf16"):
+        raise TrainerError(
+            f"mixed_precision={accelerator.mixed_precision!r} does not go with a pipeline; use bf16, or no: the "
+            "scaler of float16 looks for overflows on one rank alone."
+        )
+    if not accelerator.gradient_state.sync_with_dataloader:
+        raise TrainerError("sync_with_dataloader=False joins steps over the end of an epoch; set it to True.")
 
 
 def check_pieces(model: Any, collator: Any, callbacks: Any, **given: Any) -> None:

@@ -18,19 +18,30 @@ import numpy as np
 from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 
-from hf_dflop.cost import CostModel
+from hf_dflop.cost import CostModel, ModelSpec, Trainable
 from hf_dflop.data import PackedCollator, VisionLanguageCollator
 from hf_dflop.data.lookahead import look_ahead
 from hf_dflop.data.sampler import LOOK_AHEAD_STEPS, BalancedBatchSampler
 from hf_dflop.data.step_plan import stock_caps
+from hf_dflop.errors import TrainerError
 from hf_dflop.integrations.stock import StockSharding
-from hf_dflop.pipeline import MicrobatchShape, StepBatch, StepShape, Topology, build_batch
+from hf_dflop.pipeline import MicrobatchShape, PipelineModel, StepBatch, StepShape, Topology, build_batch
 from hf_dflop.pipeline.batch import Sample
 from hf_dflop.plan import Plan
 from hf_dflop.profile.source import undecoded
 from hf_dflop.shapes import Shapes
 
-__all__ = ["Slot", "SlotRows", "SlotSampler", "join_slots", "make_balancer", "slot_loader", "stock_sharding"]
+__all__ = [
+    "CallSampler",
+    "Slot",
+    "SlotRows",
+    "SlotSampler",
+    "join_slots",
+    "make_balancer",
+    "make_slots",
+    "slot_loader",
+    "stock_sharding",
+]
 
 Indices = list[list[list[int]]]
 """Dataset indices: replica → slot → samples."""
@@ -46,11 +57,14 @@ class Slot:
     """Of the whole optimizer step."""
 
 
-def stock_sharding(loader: DataLoader, replicas: int, accelerator: Any, *, even: bool) -> StockSharding:
+def stock_sharding(
+    loader: DataLoader, replicas: int, accelerator: Any, *, even: bool, data_seed: int | None = None
+) -> StockSharding:
     """How accelerate would deal the batches of `loader` to `replicas` data-parallel processes.
 
     Args:
         even (`bool`): fill the last round with samples from the start, if accelerate is told to; else leave it uneven.
+        data_seed (`int`, *optional*): seeds a random order; by default what accelerate would take.
     """
     settings = accelerator.dataloader_config
     prepared = prepare_data_loader(
@@ -62,22 +76,23 @@ def stock_sharding(loader: DataLoader, replicas: int, accelerator: Any, *, even:
         dispatch_batches=False,
         even_batches=even and accelerator.even_batches,
         use_seedable_sampler=True,
-        data_seed=settings.data_seed,
+        data_seed=settings.data_seed if data_seed is None else data_seed,
     )
     return StockSharding(prepared.batch_sampler)
 
 
 class _PlannedCosts:
-    """A cost model whose encoder and LLM seconds are those of one stage of a plan."""
+    """A cost model whose encoder and LLM seconds are those of the largest stage of each in a plan."""
 
     def __init__(self, cost_model: CostModel, plan: Plan, shapes: Shapes) -> None:
         self._model, self._shapes = cost_model, shapes
         self.rates = cost_model.rates
         self.per_microbatch_s = cost_model.per_microbatch_s
         self._own = plan.placement == "disjoint"
-        # An LLM stage has its largest share of the layers; the encoder serves llm.dp ÷ vision.dp replicas.
+        # An encoder replica serves llm.dp ÷ vision.dp replicas of the LLM.
         share = max(plan.llm.layers) * plan.llm.num_chunks / max(plan.llm.num_layers, 1)
-        self._weight = plan.llm.dp / plan.vision.dp / share if self._own else 1.0
+        encoder_share = max(plan.vision.layers) / max(plan.vision.num_layers, 1)
+        self._weight = plan.llm.dp / plan.vision.dp * encoder_share / share if self._own else 1.0
 
     def vision_s(self, shapes: Shapes) -> Any:
         seconds = self._model.vision_s(shapes)
@@ -116,6 +131,55 @@ def make_balancer(
         caps=stock_caps(shapes, sharding.microbatch_size),
         seed=seed,
     )
+
+
+def make_slots(
+    stock: DataLoader,
+    pipe: PipelineModel,
+    accelerator: Any,
+    collator: Any,
+    *,
+    slots: int,
+    training: bool,
+    cost_model: CostModel | None = None,
+    seed: int = 0,
+    data_seed: int | None = None,
+) -> "tuple[SlotRows, SlotSampler]":
+    """What a rank of a pipeline loads instead of `stock`, the loader of one data-parallel process.
+
+    Args:
+        slots (`int`): microbatches of a replica and step.
+        training (`bool`): regroup the samples of a step by cost, if the plan says so.
+
+    Raises:
+        TrainerError: too few samples for one microbatch of each replica.
+    """
+    plan, shapes = pipe.plan, Shapes.of_dataset(stock.dataset)
+    sharding = stock_sharding(stock, plan.llm.dp, accelerator, even=training, data_seed=data_seed)
+    if not sharding.length:
+        raise TrainerError(
+            f"{len(shapes)} samples fill no microbatch of {sharding.microbatch_size} on {plan.llm.dp} replicas: use "
+            "smaller ones, or more data."
+        )
+    balancer = None
+    if training and plan.balance and plan.llm.dp * slots > 1:
+        balancer = make_balancer(
+            shapes,
+            sharding,
+            plan,
+            cost_model or _analytic_costs(pipe),
+            slots=slots,
+            padded=not isinstance(collator, PackedCollator),
+            seed=seed,
+        )
+    rows = SlotRows(stock.dataset, shapes, collator, pipe.topology, pipe.place.rank)
+    return rows, SlotSampler(sharding, shapes, slots=slots, balancer=balancer)
+
+
+def _analytic_costs(pipe: PipelineModel) -> CostModel:
+    frozen = pipe.plan.frozen
+    trainable = Trainable(vision="vision" not in frozen, connector="connector" not in frozen, llm="llm" not in frozen)
+    return CostModel.analytic(ModelSpec.from_config(pipe.config), trainable=trainable)
 
 
 class SlotSampler(BatchSampler):
@@ -176,6 +240,33 @@ class SlotSampler(BatchSampler):
             return stock
         made = self._balancer.plan(stock, epoch, step)
         return [made.microbatches(rank) for rank in range(len(stock))]
+
+
+class CallSampler(BatchSampler):
+    """Yields the slots of one call of a pipeline; its epoch is set as accelerate's loaders do.
+
+    Args:
+        sampler ([`SlotSampler`]): the slots of an epoch; a step has a multiple of `size` of them.
+        size (`int`): microbatches of a call.
+    """
+
+    def __init__(self, sampler: SlotSampler, size: int) -> None:
+        self.sampler = sampler
+        self.batch_size = size
+        self.drop_last = False
+
+    def __len__(self) -> int:
+        return -(-len(self.sampler) // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[Slot]]:
+        call: list[Slot] = []
+        for slot in self.sampler:
+            call += slot
+            if len(call) == self.batch_size:
+                yield call
+                call = []
+        if call:
+            yield call
 
 
 class SlotRows(Dataset):

@@ -21,8 +21,7 @@ from transformers import Trainer
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import EvalLoopOutput, SaveStrategy, rotate_checkpoints
 
-from hf_dflop.cost import CostModel, ModelSpec, Trainable
-from hf_dflop.data import PackedCollator
+from hf_dflop.cost import CostModel
 from hf_dflop.errors import TrainerError
 from hf_dflop.integrations.pipeline_checkpoint import (
     STAGING_PREFIX,
@@ -33,18 +32,10 @@ from hf_dflop.integrations.pipeline_checkpoint import (
     save_optimizer,
 )
 from hf_dflop.integrations.pipeline_checks import check_arguments, check_dataset, check_pieces
-from hf_dflop.integrations.pipeline_data import (
-    SlotRows,
-    SlotSampler,
-    join_slots,
-    make_balancer,
-    slot_loader,
-    stock_sharding,
-)
+from hf_dflop.integrations.pipeline_data import join_slots, make_slots, slot_loader
 from hf_dflop.integrations.pipeline_trace import TraceSteps
 from hf_dflop.pipeline import PipelineModel, StepBatch
 from hf_dflop.pipeline.loss import count_label_tokens
-from hf_dflop.shapes import Shapes
 
 __all__ = ["DflopTrainer", "PipelineTrainerMixin"]
 
@@ -131,37 +122,22 @@ class PipelineTrainerMixin:
         return self._slot_loader(dataset, None, self.pipe.plan.num_microbatches, training=False)
 
     def _slot_loader(self, dataset: Any, sampler: Any, slots: int, *, training: bool) -> DataLoader:
-        args, plan = self.args, self.pipe.plan
-        shapes = Shapes.of_dataset(dataset)
+        args = self.args
         collator: Any = self.data_collator  # type: ignore[attr-defined]
         size = args.train_batch_size if training else args.eval_batch_size
         drop_last = args.dataloader_drop_last and training
         stock: DataLoader = DataLoader(dataset, batch_size=size, sampler=sampler, drop_last=drop_last)
-        sharding = stock_sharding(stock, plan.llm.dp, self.accelerator, even=training)
-        if not sharding.length:
-            raise TrainerError(f"{len(shapes)} samples fill no microbatch of {size}: use fewer, or more data.")
-        balancer = None
-        if training and plan.balance and plan.llm.dp * slots > 1:
-            balancer = make_balancer(
-                shapes,
-                sharding,
-                plan,
-                self._cost_model or self._analytic_costs(),
-                slots=slots,
-                padded=not isinstance(collator, PackedCollator),
-                seed=self._balance_seed,
-            )
-        rows = SlotRows(dataset, shapes, collator, self.pipe.topology, self.pipe.place.rank)
-        return slot_loader(
-            rows, SlotSampler(sharding, shapes, slots=slots, balancer=balancer), args, training=training
+        rows, slot_sampler = make_slots(
+            stock,
+            self.pipe,
+            self.accelerator,
+            collator,
+            slots=slots,
+            training=training,
+            cost_model=self._cost_model,
+            seed=self._balance_seed,
         )
-
-    def _analytic_costs(self) -> CostModel:
-        frozen = self.pipe.plan.frozen
-        trainable = Trainable(
-            vision="vision" not in frozen, connector="connector" not in frozen, llm="llm" not in frozen
-        )
-        return CostModel.analytic(ModelSpec.from_config(self.pipe.config), trainable=trainable)
+        return slot_loader(rows, slot_sampler, args, training=training)
 
     def get_total_train_batch_size(self, args: Any) -> int:
         """Samples of an optimizer step."""

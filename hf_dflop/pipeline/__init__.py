@@ -5,16 +5,19 @@ topology     which rank runs which stages for which replica
 shape        the shapes of a step, known on every rank
 batch        one rank's inputs of a step
 bridge       which encoder replica encodes what, and where its rows go
-structure    where a model can be cut; shell, split: the modules of the stages
-stage        a stage on torch.distributed.pipelining; schedule: its runtime
+structure    where a model can be cut; shell, split: the modules of the stages; encoder: those of the encoder
+stage        a stage on torch.distributed.pipelining; wire: what it is told; schedule: its runtime
 features, handshake   the format of image features
+deferred     calling the model in a hand-written loop: gradients that wait for `loss.backward()`
+check, check_encoder  the stages tried on a small copy
 grads, loss  sums over replicas, tied weights, the true norm
 checkpoint   one stock checkpoint out
 recorder, trace   what each rank really did, and when
 """
 
-from hf_dflop.pipeline.batch import StepBatch, build_batch
-from hf_dflop.pipeline.model import PipelineModel, StepResult
+from hf_dflop.pipeline.batch import StepBatch, StepResult, build_batch
+from hf_dflop.pipeline.deferred import PipelineOutput
+from hf_dflop.pipeline.model import PipelineModel
 from hf_dflop.pipeline.shape import MicrobatchShape, StepShape
 from hf_dflop.pipeline.topology import Topology
 from hf_dflop.pipeline.trace import PipelineTrace
@@ -22,6 +25,7 @@ from hf_dflop.pipeline.trace import PipelineTrace
 __all__ = [
     "MicrobatchShape",
     "PipelineModel",
+    "PipelineOutput",
     "PipelineTrace",
     "StepBatch",
     "StepResult",

@@ -1,12 +1,15 @@
-"""The inputs of one rank for one call: text where the LLM runs, pixels where the encoder runs, labels at the end.
+"""What goes into a call on one rank and what comes out: text where the LLM runs, pixels where the encoder runs, labels
+at the end.
 
 In: the step's shapes, a way to collate any of its samples. Out: a `StepBatch`. A rank asks only for the samples that
 it works on, so encoder ranks never build text of others, and LLM ranks never keep pixels.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+import torch
 
 from hf_dflop.errors import ModelError
 from hf_dflop.pipeline.bridge import route_step
@@ -14,7 +17,7 @@ from hf_dflop.pipeline.shape import StepShape
 from hf_dflop.pipeline.structure import is_pixels
 from hf_dflop.pipeline.topology import Topology
 
-__all__ = ["Sample", "StepBatch", "build_batch"]
+__all__ = ["Sample", "StepBatch", "StepResult", "build_batch"]
 
 Sample = tuple[int, int, int]
 """Microbatch, LLM replica, place in that microbatch."""
@@ -31,6 +34,20 @@ class StepBatch:
     """Inputs of `get_image_features` of this rank's encoder replica; empty on LLM ranks."""
     samples: tuple[tuple[tuple[int, ...], ...], ...] = ()
     """Dataset indices: microbatch -> LLM replica -> its samples. For the trace alone; empty where not known."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepResult:
+    """What a call gives, on every rank."""
+
+    loss: float
+    """Sum of token losses of the call ÷ label tokens of the optimizer step."""
+    label_tokens: int
+    """Label tokens of the call, counted in the labels themselves."""
+    logits: dict[int, torch.Tensor]
+    """Microbatch -> logits of this replica, on ranks of the last stage, if they were asked for."""
+    losses: dict[int, torch.Tensor] = field(default_factory=dict)
+    """Microbatch -> this replica's share of `loss`, on ranks of the last stage."""
 
 
 def build_batch(

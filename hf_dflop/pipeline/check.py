@@ -202,8 +202,8 @@ def _chained(
     structure = read_structure(model)
     leaf = None if features is None else features.clone().requires_grad_()
     received, edges = leaf, []
-    for stage in range(1, plan.llm.num_stages + 1):
-        part = build_part(model, structure, plan, stage)
+    for stage in range(plan.llm.num_stages):
+        part = build_part(model, structure, plan, plan.vision.num_stages + stage)
         assert isinstance(part, LlmPart)
         output = part(text, received, form, torch.tensor(1.0))
         output = output.loss if part.last else output

@@ -39,8 +39,9 @@ def gather_state_dict(pipe: "PipelineModel") -> dict[str, torch.Tensor]:
 
 
 def save_stock(pipe: "PipelineModel", folder: str, **kwargs: Any) -> None:
-    """Gather, write on rank 0, and let no rank go on before it is written."""
-    state = gather_state_dict(pipe)
+    """Gather (unless `state_dict` was), write on rank 0, and let no rank go on before it is written."""
+    gathered = kwargs.pop("state_dict", None)
+    state = gather_state_dict(pipe) if gathered is None else gathered
     if pipe.place.rank == 0:
         with torch.device("meta"):
             whole = pipe.model_class(pipe.config)

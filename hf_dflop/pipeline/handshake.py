@@ -2,7 +2,8 @@
 
 In: the first microbatch with images. Out, on every rank: the `FeatureFormat` in which the encoder's own code returns
 features (the encoder replica that has the images runs them once without gradients, and tells), and whether the stages
-are exact on a small copy of the model (the first LLM stage tries that microbatch, and tells).
+are exact on a small copy of the model (the first LLM stage tries that microbatch, and tells; where the encoder has
+several stages, the first of them does, too).
 
 Assumption: the format does not change between microbatches.
 """
@@ -15,12 +16,13 @@ import torch.distributed as dist
 from hf_dflop.errors import ModelError, ShapeMismatchError
 from hf_dflop.pipeline.batch import StepBatch
 from hf_dflop.pipeline.bridge import Route
+from hf_dflop.pipeline.encoder import VisionPart
 from hf_dflop.pipeline.features import FeatureFormat, flatten, read_format
-from hf_dflop.pipeline.split import VisionPart
-from hf_dflop.pipeline.stage import RaggedStage, Wire
-from hf_dflop.pipeline.topology import VISION_STAGE, Place, Topology
+from hf_dflop.pipeline.stage import RaggedStage
+from hf_dflop.pipeline.topology import Place, Topology
+from hf_dflop.pipeline.wire import Wire
 
-__all__ = ["agree_on_format", "agree_on_stages"]
+__all__ = ["agree_on_encoder", "agree_on_format", "agree_on_stages"]
 
 
 def agree_on_format(
@@ -39,7 +41,7 @@ def agree_on_format(
     microbatch, replica = next(
         (m, v) for m, route in enumerate(routes) for v, rows in enumerate(route.encoder_rows) if rows
     )
-    source = topology.rank(VISION_STAGE, replica)
+    source = topology.rank(topology.first_llm_stage - 1, replica)
     told: list[dict] = [{}]
     if place.rank == source:
         assert vision is not None
@@ -57,7 +59,7 @@ def _probe(batch: StepBatch, rows: int, microbatch: int, wire: Wire, vision: Rag
     inputs = batch.vision[microbatch]
     if inputs is None:
         raise ShapeMismatchError(f"the shapes announce {rows} rows of image features, but no pixels were given")
-    assert isinstance(vision.submod, VisionPart)
+    assert isinstance(vision.submod, VisionPart)  # the last of the encoder's, which sees a stand-in for its input
     devices = [wire.device] if wire.device.type == "cuda" else []
     with torch.no_grad(), torch.random.fork_rng(devices), wire.context():
         output = vision.submod.encode(wire.to_device(inputs))
@@ -87,14 +89,42 @@ def agree_on_stages(
     if not cells:
         return
     _, _, microbatch, replica = min(cells)  # the shortest with images
-    source = topology.rank(1, replica)
+    source = topology.rank(topology.first_llm_stage, replica)
+
+    def tried() -> None:
+        inputs = batch.text[microbatch]
+        assert inputs is not None
+        check(inputs, batch.shape.microbatches[microbatch][replica].num_features, form)
+
+    _one_tries(source, place, tried)
+
+
+def agree_on_encoder(
+    batch: StepBatch, routes: tuple[Route, ...], topology: Topology, place: Place, check: Callable[..., None]
+) -> None:
+    """All ranks call it; one tries the encoder's stages on a small copy of the model.
+
+    Raises:
+        ModelError: the stages are not exact (on every rank).
+    """
+    cells = [(rows, m, v) for m, route in enumerate(routes) for v, rows in enumerate(route.encoder_rows) if rows]
+    _, microbatch, replica = min(cells)  # the one with the fewest rows
+
+    def tried() -> None:
+        inputs = batch.vision[microbatch]
+        if inputs is None:
+            raise ModelError("the shapes announce rows of image features, but no pixels were given.")
+        check(inputs)
+
+    _one_tries(topology.rank(0, replica), place, tried)
+
+
+def _one_tries(source: int, place: Place, tried: Callable[[], None]) -> None:
     told: list[str] = [""]
     if place.rank == source:
         try:
-            inputs = batch.text[microbatch]
-            assert inputs is not None
             with torch.random.fork_rng([]):  # building a model draws numbers; a resumed run must not see it
-                check(inputs, batch.shape.microbatches[microbatch][replica].num_features, form)
+                tried()
         except ModelError as error:
             told = [str(error)]
     dist.broadcast_object_list(told, src=source)

@@ -8,9 +8,8 @@ Assumptions: all ranks call the same methods in the same order, with the same sh
 same weights on all ranks (checked where ranks hold the same layers).
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -19,43 +18,30 @@ import torch.distributed as dist
 from torch import nn
 
 from hf_dflop.errors import ModelError, PlanError
-from hf_dflop.pipeline.batch import StepBatch
+from hf_dflop.pipeline.batch import StepBatch, StepResult
 from hf_dflop.pipeline.bridge import Route, route_step
 from hf_dflop.pipeline.check import check_chain
+from hf_dflop.pipeline.check_encoder import check_encoder
 from hf_dflop.pipeline.checkpoint import gather_state_dict, save_stock
+from hf_dflop.pipeline.deferred import PipelineOutput, deferred_call
 from hf_dflop.pipeline.features import FeatureFormat
 from hf_dflop.pipeline.grads import clip_gradients, same_everywhere, squared_norm, sum_gradients
 from hf_dflop.pipeline.groups import new_group
-from hf_dflop.pipeline.handshake import agree_on_format, agree_on_stages
+from hf_dflop.pipeline.handshake import agree_on_encoder, agree_on_format, agree_on_stages
 from hf_dflop.pipeline.loss import count_label_tokens, sum_losses
 from hf_dflop.pipeline.recorder import StepRecorder
 from hf_dflop.pipeline.schedule import fits_plan, make_runtime, note_receives
 from hf_dflop.pipeline.setup import checkpoint_layers, freeze, is_reentrant
 from hf_dflop.pipeline.shell import drop
-from hf_dflop.pipeline.split import build_part, check_layers, foreign_names, owner_stage
-from hf_dflop.pipeline.stage import RaggedStage, StageStep
-from hf_dflop.pipeline.structure import read_structure
-from hf_dflop.pipeline.topology import VISION_STAGE, Topology
-from hf_dflop.pipeline.wire import Wire
+from hf_dflop.pipeline.split import build_part, foreign_names, owner_stage, read_cut
+from hf_dflop.pipeline.stage import RaggedStage
+from hf_dflop.pipeline.topology import Topology
+from hf_dflop.pipeline.wire import StageStep, Wire
 from hf_dflop.plan.actions import Kind, Order
 from hf_dflop.plan.orders import make_order
 from hf_dflop.plan.plan import Plan
 
 __all__ = ["PipelineModel", "StepResult"]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StepResult:
-    """What a call gives, on every rank."""
-
-    loss: float
-    """Sum of token losses of the call ÷ label tokens of the optimizer step."""
-    label_tokens: int
-    """Label tokens of the call, counted in the labels themselves."""
-    logits: dict[int, torch.Tensor]
-    """Microbatch -> logits of this replica, on ranks of the last stage, if they were asked for."""
-    losses: dict[int, torch.Tensor] = field(default_factory=dict)
-    """Microbatch -> this replica's share of `loss`, on ranks of the last stage."""
 
 
 class PipelineModel(nn.Module):
@@ -88,8 +74,7 @@ class PipelineModel(nn.Module):
         self.plan = plan
         self.topology = Topology(plan=plan)
         self.place = self.topology.place(dist.get_rank())
-        self.structure = read_structure(model)
-        check_layers(plan, self.structure)
+        self.structure = read_cut(model, plan)
         freeze(model, self.structure, plan.frozen)
         checkpoint_layers(model, self.structure, vision=plan.vision.checkpointing, llm=plan.llm.checkpointing)
         self.config, self.model_class = model.config, type(model)
@@ -106,7 +91,9 @@ class PipelineModel(nn.Module):
         self._orders: dict[int, Order] = {}
         self._runtimes: dict[Any, Any] = {}
         self._form: FeatureFormat | None = None
-        self._needs_sum = False
+        self.needs_sum = False
+        self.loss_factor = 1.0  # of the loss of `forward`, for loops that divide it by their accumulated calls
+        self._sync = True
         self._earlier: dict[nn.Parameter, torch.Tensor] = {}
         self._check = check
         self._checked: set[bool] = set()
@@ -175,17 +162,21 @@ class PipelineModel(nn.Module):
 
     def _ties(self) -> list[tuple[int, ...]]:
         """The first and the last LLM rank of each replica where they hold copies of one weight."""
-        columns, last = self.topology.stage_columns, self.topology.last_stage
-        if not self.structure.tied or columns[1] == columns[last]:
+        first, last = self.topology.first_llm_stage, self.topology.last_stage
+        if not self.structure.tied or self.topology.stage_columns[first] == self.topology.stage_columns[last]:
             return []
         replicas = range(self.plan.llm.dp)
-        return [(self.topology.rank(1, replica), self.topology.rank(last, replica)) for replica in replicas]
+        return [(self.topology.rank(first, replica), self.topology.rank(last, replica)) for replica in replicas]
 
     def _tied_weight(self) -> nn.Parameter:
-        holder = self.get_submodule(self.structure.embedding) if 1 in self.place.stages else self._head()
+        holder = self.get_submodule(self.structure.embedding) if self._embeds else self._head()
         weight = holder.weight
         assert isinstance(weight, nn.Parameter)
         return weight
+
+    @property
+    def _embeds(self) -> bool:
+        return self.topology.first_llm_stage in self.place.stages
 
     def _head(self) -> nn.Module:
         return next(
@@ -267,7 +258,7 @@ class PipelineModel(nn.Module):
         shape = batch.shape
         if self._recorder is not None and backward:
             self._recorder.begin_call(shape.num_microbatches)
-        routes = route_step(shape, self.topology.replicas(VISION_STAGE), colocated=not self.topology.disjoint)
+        routes = route_step(shape, self.topology.replicas(0), colocated=not self.topology.disjoint)
         runtime = self._runtime(order or self.order_for(shape.num_microbatches), shape.num_microbatches)
         self._agree(batch, routes)
         divisor = torch.tensor(max(shape.label_tokens, 1), device=self.wire.device)
@@ -286,7 +277,7 @@ class PipelineModel(nn.Module):
                     keep_logits=keep_logits,
                 )
             )
-        if backward and not self._needs_sum:
+        if backward and not self.needs_sum:
             self._set_aside()
         for stage, step in zip(self._stages, steps, strict=True):
             stage.begin(step)
@@ -295,7 +286,7 @@ class PipelineModel(nn.Module):
         for stage in self._stages:
             stage.finish()
         if backward:
-            self._needs_sum = True
+            self.needs_sum = True
             if sync:
                 self.sum_gradients()
         last = next((s for stage, s in zip(self._stages, steps, strict=True) if stage.is_last), None)
@@ -321,6 +312,9 @@ class PipelineModel(nn.Module):
         """At the first step, and at the first with images: the format of features; are the stages exact."""
         has_images = any(any(route.encoder_rows) for route in routes)
         if self._form is None and has_images:
+            if self._check and self.structure.stack is not None:
+                check_parts = partial(check_encoder, self.model_class, self.config, self.plan)
+                agree_on_encoder(batch, routes, self.topology, self.place, check_parts)
             vision = next((stage for stage in self._stages if stage.is_vision), None)
             self._form = agree_on_format(batch, routes, self.topology, self.place, self.wire, vision)
         if self._check and has_images not in self._checked and True not in self._checked:
@@ -334,9 +328,18 @@ class PipelineModel(nn.Module):
         for parameter in self._earlier:
             parameter.grad = None
 
+    def add_gradients(self, gradients: Iterable[tuple[nn.Parameter, torch.Tensor]], times: float) -> None:
+        """Add gradients of a call, not yet summed over replicas, to `.grad`."""
+        if not self.needs_sum:
+            self._set_aside()
+        for parameter, grad in gradients:
+            scaled = grad if times == 1.0 else grad.mul_(times)
+            parameter.grad = scaled if parameter.grad is None else parameter.grad.add_(scaled)
+        self.needs_sum = True
+
     def sum_gradients(self) -> None:
         """Sum gradients over replicas and over the copies of tied embeddings; `step` calls it."""
-        with nullcontext() if self._recorder is None else self._recorder.summing():
+        with contextlib.nullcontext() if self._recorder is None else self._recorder.summing():
             if self._column_group is not None:
                 sum_gradients(list(self.parameters()), self._column_group)
             if self._tie_group is not None:
@@ -344,14 +347,14 @@ class PipelineModel(nn.Module):
         for parameter, grad in self._earlier.items():
             parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
         self._earlier = {}
-        self._needs_sum = False
+        self.needs_sum = False
 
     # What an optimizer loop needs -----------------------------------------------------------------------------------
 
     def counted_parameters(self) -> Iterator[nn.Parameter]:
         """Parameters that this rank counts where every parameter of the model counts once, over all ranks."""
         if self.place.replica == 0:
-            skip = self._tied_weight() if self._tie_group is not None and 1 not in self.place.stages else None
+            skip = self._tied_weight() if self._tie_group is not None and not self._embeds else None
             yield from (parameter for parameter in self.parameters() if parameter is not skip)
 
     def grad_norm(self) -> torch.Tensor:
@@ -379,10 +382,27 @@ class PipelineModel(nn.Module):
         """Write a stock checkpoint that plain transformers loads; all ranks call it, rank 0 writes."""
         save_stock(self, folder, **kwargs)
 
-    def forward(self, batch: StepBatch | Mapping[str, Any]) -> StepResult:
-        """`step` in training mode, the loss alone in evaluation mode."""
+    @contextlib.contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Calls inside leave the sum over replicas to the first call after it; accelerate's `accumulate` enters it."""
+        before, self._sync = self._sync, False
+        try:
+            yield
+        finally:
+            self._sync = before
+
+    def forward(self, batch: StepBatch | Mapping[str, Any]) -> PipelineOutput:
+        """Run a call of a hand-written loop.
+
+        In training mode the schedule runs forward and backward, and `loss.backward()` adds the gradients to `.grad`;
+        without gradients, or in evaluation mode, the loss alone is computed.
+        """
         if not isinstance(batch, StepBatch):
             raise ModelError(
                 "PipelineModel takes a StepBatch: shapes of all ranks' microbatches, inputs of this one's."
             )
-        return self.step(batch, backward=self.training and torch.is_grad_enabled())
+        if self.training and torch.is_grad_enabled():
+            return deferred_call(self, batch, sync=self._sync)
+        result = self.step(batch, backward=False)
+        loss = torch.tensor(result.loss * self.loss_factor, dtype=torch.float64, device=self.wire.device)
+        return PipelineOutput(loss=loss, label_tokens=result.label_tokens)

@@ -1,6 +1,6 @@
 """A model → the modules of its stages.
 
-    stage 0            the model without decoder and head; runs `get_image_features`
+    encoder stages     the model without decoder and head; run `get_image_features`, see `encoder`
     first LLM stage    the model without encoder; embeds tokens, puts the features in, runs its layers
     middle LLM stage   the received hidden states stand in for the embedding
     last LLM stage     its layers, the norm, the head and the loss of the model's own code
@@ -12,38 +12,20 @@ In: a model, its structure, a plan. Out: one `VisionPart` or `LlmPart` per stage
 """
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from hf_dflop.errors import PlanError
-from hf_dflop.pipeline.features import FeatureFormat, flatten, unflatten
+from hf_dflop.pipeline.encoder import VisionPart, read_stack, vision_ranges
+from hf_dflop.pipeline.features import FeatureFormat, unflatten
 from hf_dflop.pipeline.shell import Foreign, Inject, Received, shell
-from hf_dflop.pipeline.structure import Structure, is_pixels
+from hf_dflop.pipeline.structure import Structure, is_pixels, read_structure
 from hf_dflop.plan.plan import Plan
 
-__all__ = ["LlmPart", "VisionPart", "build_part", "check_layers", "foreign_names", "layer_ranges"]
-
-
-class VisionPart(nn.Module):
-    """Stage 0: the encoder with its connector."""
-
-    def __init__(self, model: nn.Module, structure: Structure) -> None:
-        super().__init__()
-        frame = [structure.decoder, *structure.head]
-        self.model = shell(model, {name: Foreign() for name in frame}, ("",))
-        self.keys = structure.vision_keys
-        self.body = structure.body
-
-    def encode(self, inputs: Mapping[str, Any]) -> Any:
-        """What the model's own `get_image_features` returns."""
-        known = {key: value for key, value in inputs.items() if key in self.keys}
-        return self.model.get_submodule(self.body).get_image_features(**known, return_dict=True)
-
-    def forward(self, inputs: Mapping[str, Any], form: FeatureFormat) -> torch.Tensor:
-        """Features `(rows, form.sent_width)`."""
-        return flatten(self.encode(inputs), form)
+__all__ = ["LlmPart", "VisionPart", "build_part", "foreign_names", "layer_ranges", "owner_stage", "read_cut"]
 
 
 class LlmPart(nn.Module):
@@ -64,7 +46,7 @@ class LlmPart(nn.Module):
             stands[structure.embedding] = self.received
         if not last:
             stands |= {name: Foreign() for name in (*structure.after, *structure.head)}
-        self.model = shell(model, stands, between(structure))
+        self.model = shell(model, stands, structure.between)
         self.body = structure.body
 
     def forward(
@@ -98,15 +80,6 @@ class LlmPart(nn.Module):
             self.received.value = None
 
 
-def between(structure: Structure) -> tuple[str, ...]:
-    """Modules whose own parameters (a newline embedding) belong to the encoder: the body, and on to the decoder."""
-    names, at = [structure.body], structure.body
-    for step in structure.decoder[len(structure.body) + 1 :].split(".")[:-1]:
-        at = f"{at}.{step}"
-        names.append(at)
-    return tuple(names)
-
-
 def layer_ranges(plan: Plan) -> tuple[range, ...]:
     """Layers of each LLM stage."""
     ranges, start = [], 0
@@ -116,36 +89,57 @@ def layer_ranges(plan: Plan) -> tuple[range, ...]:
     return tuple(ranges)
 
 
-def check_layers(plan: Plan, structure: Structure) -> None:
-    """Raises `PlanError` if the plan's layers are not the model's."""
+def read_cut(model: nn.Module, plan: Plan) -> Structure:
+    """The parts of `model` that the plan cuts.
+
+    Raises:
+        ModelError: it cannot be cut so.
+        PlanError: the plan's layers are not the model's.
+    """
+    structure = read_structure(model)
     if plan.llm.num_layers != structure.num_layers:
         raise PlanError(
             f"the plan spreads {plan.llm.num_layers} LLM layers over its stages; the model has {structure.num_layers}."
         )
     if plan.llm.layers[0] < 1:
         raise PlanError("the first LLM stage has no layer; give it at least one: llm.layers[0] >= 1.")
+    if plan.vision.num_stages == 1:
+        return structure
+    vision_ranges(plan.vision.layers)
+    return replace(structure, stack=read_stack(model, structure, plan.vision.num_layers))
 
 
 def build_part(model: nn.Module, structure: Structure, plan: Plan, stage: int) -> VisionPart | LlmPart:
-    """The module of a stage (0 is the encoder's)."""
-    if stage == 0:
-        return VisionPart(model, structure)
-    ranges = layer_ranges(plan)
-    return LlmPart(model, structure, ranges[stage - 1], first=stage == 1, last=stage == len(ranges))
+    """The module of a stage, of all stages of the model."""
+    encoders = plan.vision.num_stages
+    if stage < encoders:
+        return VisionPart(model, structure, None if encoders == 1 else vision_ranges(plan.vision.layers)[stage])
+    ranges, at = layer_ranges(plan), stage - encoders
+    return LlmPart(model, structure, ranges[at], first=at == 0, last=at == len(ranges) - 1)
 
 
 def foreign_names(structure: Structure, plan: Plan, stages: Collection[int]) -> tuple[list[str], list[str]]:
     """Modules that none of `stages` needs, and modules whose own parameters none of them needs."""
-    ranges = layer_ranges(plan)
-    kept = {index for stage in stages if stage for index in ranges[stage - 1]}
+    ranges, encoders = layer_ranges(plan), plan.vision.num_stages
+    kept = {index for stage in stages if stage >= encoders for index in ranges[stage - encoders]}
     names = [f"{structure.layers}.{index}" for index in range(structure.num_layers) if index not in kept]
-    if 1 not in stages:
+    bare = [] if encoders - 1 in stages else list(structure.between)
+    if encoders not in stages:
         names += dict.fromkeys((*structure.before, structure.embedding))
-    if len(ranges) not in stages:
+    if encoders + len(ranges) - 1 not in stages:
         names += [*structure.after, *structure.head]
-    if 0 not in stages:
+    if not any(stage < encoders for stage in stages):
         names += structure.encoder
-    return names, [] if 0 in stages else list(between(structure))
+    elif structure.stack is not None:
+        stack, layers = structure.stack, vision_ranges(plan.vision.layers)
+        own = {index for stage in stages if stage < encoders for index in layers[stage]}
+        names += [f"{stack.layers}.{index}" for index in range(stack.num_layers) if index not in own]
+        if 0 not in stages:
+            names += stack.before
+            bare += stack.frames
+        if encoders - 1 not in stages:
+            names += stack.after
+    return names, bare
 
 
 def owner_stage(structure: Structure, plan: Plan, name: str) -> int:
@@ -154,11 +148,18 @@ def owner_stage(structure: Structure, plan: Plan, name: str) -> int:
     def inside(parts: Sequence[str]) -> bool:
         return any(name.startswith(part + ".") for part in parts)
 
-    for stage, layers in enumerate(layer_ranges(plan), start=1):
+    encoders = plan.vision.num_stages
+    for stage, layers in enumerate(layer_ranges(plan), start=encoders):
         if inside([f"{structure.layers}.{index}" for index in layers]):
             return stage
     if inside((*structure.after, *structure.head)):
-        return len(plan.llm.layers)
+        return encoders + len(plan.llm.layers) - 1
     if inside((structure.decoder,)):
-        return 1
-    return 0
+        return encoders
+    if structure.stack is None:
+        return 0
+    for stage, layers in enumerate(vision_ranges(plan.vision.layers)):
+        if inside([f"{structure.stack.layers}.{index}" for index in layers]):
+            return stage
+    precedes = inside(structure.stack.before) or name.rpartition(".")[0] in structure.stack.frames
+    return 0 if precedes else encoders - 1

@@ -21,7 +21,6 @@ Assumption: the runtime passes no loss; the last stage keeps its own.
 from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,35 +29,18 @@ from torch.distributed.pipelining._backward import stage_backward_input, stage_b
 from torch.distributed.pipelining.stage import _PipelineStageBase
 
 from hf_dflop.errors import ShapeMismatchError
-from hf_dflop.pipeline.bridge import Piece, Route
-from hf_dflop.pipeline.features import FeatureFormat
+from hf_dflop.pipeline.bridge import Piece
+from hf_dflop.pipeline.encoder import VisionPart
 from hf_dflop.pipeline.recorder import StepRecorder
-from hf_dflop.pipeline.shape import MicrobatchShape, StepShape
-from hf_dflop.pipeline.split import LlmPart, VisionPart
-from hf_dflop.pipeline.topology import VISION_STAGE, Place, Topology
-from hf_dflop.pipeline.wire import Wire
+from hf_dflop.pipeline.shape import MicrobatchShape
+from hf_dflop.pipeline.split import LlmPart
+from hf_dflop.pipeline.topology import Place, Topology
+from hf_dflop.pipeline.wire import StageStep, Wire
 from hf_dflop.plan.actions import Kind
 
-__all__ = ["RaggedStage", "StageStep"]
+__all__ = ["RaggedStage"]
 
 _MAX_PENDING_SENDS = 8
-
-
-@dataclass(kw_only=True, slots=True)
-class StageStep:
-    """What a stage needs for one call; made anew for each."""
-
-    shape: StepShape
-    routes: tuple[Route, ...]
-    inputs: list[Mapping[str, Any] | None]
-    """Of each microbatch: vision inputs on stage 0, text inputs on the others."""
-    form: FeatureFormat | None
-    loss_divisor: torch.Tensor | None = None
-    loss_scale: float | torch.Tensor = 1.0
-    backward: bool = True
-    keep_logits: bool = False
-    losses: dict[int, torch.Tensor] = field(default_factory=dict)
-    logits: dict[int, torch.Tensor] = field(default_factory=dict)
 
 
 class RaggedStage(_PipelineStageBase):
@@ -66,7 +48,7 @@ class RaggedStage(_PipelineStageBase):
 
     Args:
         part (`VisionPart` or `LlmPart`): the stage's module.
-        stage (`int`): number of the stage; 0 is the encoder's.
+        stage (`int`): number of the stage; the encoder's come first.
         topology (`Topology`), place (`Place`): the plan's ranks, and this one.
         trainable (`tuple[bool, ...]`): of each stage, whether it has a parameter that requires a gradient.
         wire (`Wire`): how tensors travel.
@@ -86,7 +68,8 @@ class RaggedStage(_PipelineStageBase):
         self.num_stages = topology.num_stages
         self.group_rank, self.group_size = place.column, topology.num_columns
         self.topology, self.replica, self.trainable, self.wire = topology, place.replica, trainable, wire
-        self.is_vision = stage == VISION_STAGE
+        self.first_llm_stage = topology.first_llm_stage
+        self.is_vision = stage < self.first_llm_stage
         names = [id(parameter) for _, parameter in part.named_parameters(remove_duplicate=False)]
         self._splits = len(names) == len(set(names))
         self.step: StageStep
@@ -96,6 +79,7 @@ class RaggedStage(_PipelineStageBase):
         self._input_grads: dict[int, torch.Tensor | None] = {}
         self._saved: dict[int, tuple[torch.Tensor | None, torch.Tensor | None]] = {}
         self._weights: dict[int, Callable[[], None]] = {}
+        self._incoming: dict[int, tuple[int, ...]] = {}  # of a later stage of the encoder
         self._pending: deque[tuple[int, list[Any]]] = deque()
 
     # What a call needs ------------------------------------------------------------------------------------------
@@ -111,7 +95,7 @@ class RaggedStage(_PipelineStageBase):
         """Wait for what is still being sent, and forget the call."""
         while self._pending:
             self._wait_oldest()
-        for kept in (self._received, self._grads, self._input_grads, self._saved, self._weights):
+        for kept in (self._received, self._grads, self._input_grads, self._saved, self._weights, self._incoming):
             kept.clear()
         del self.step
 
@@ -122,11 +106,13 @@ class RaggedStage(_PipelineStageBase):
         """Whether a gradient goes back from `stage` to the one before; the same answer on both sides."""
         if not self.has_backward:
             return False
-        if any(self.trainable[1:stage]):
+        first = self.first_llm_stage
+        if any(self.trainable[first:stage]):
             return True
-        if stage == 1 and self.is_vision:  # decided by piece: a piece has rows
-            return self.trainable[VISION_STAGE]
-        return self.trainable[VISION_STAGE] and self.shape_of(microbatch).num_features > 0
+        encodes = any(self.trainable[: min(stage, first)])
+        if self.is_vision:  # decided by piece: a piece has rows
+            return encodes
+        return encodes and self.shape_of(microbatch).num_features > 0
 
     def _idle(self, microbatch: int) -> bool:
         if self.is_vision:
@@ -135,14 +121,20 @@ class RaggedStage(_PipelineStageBase):
 
     def _output_size(self, microbatch: int) -> tuple[int, ...]:
         if self.is_vision:
+            if self.stage_index + 1 < self.first_llm_stage:
+                output, _ = self._saved[microbatch]
+                assert output is not None
+                return tuple(output.shape)
             assert self.step.form is not None
             return (self.step.routes[microbatch].encoder_rows[self.replica], self.step.form.sent_width)
         shape = self.shape_of(microbatch)
         return (shape.rows, shape.length, self.wire.hidden_size)
 
     def _input_size(self, microbatch: int) -> tuple[int, ...]:
+        if self.is_vision:
+            return self._incoming[microbatch]
         shape = self.shape_of(microbatch)
-        if self.stage_index == 1:
+        if self.stage_index == self.first_llm_stage:
             assert self.step.form is not None or not shape.num_features
             return (shape.num_features, self.step.form.sent_width if self.step.form else 0)
         return (shape.rows, shape.length, self.wire.hidden_size)
@@ -151,13 +143,13 @@ class RaggedStage(_PipelineStageBase):
 
     def _peers_before(self, microbatch: int, whole: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
         """(rank, view of the stage's input or of its gradient) of each peer of the stage before."""
-        if self.stage_index == 1:
+        if self.stage_index == self.first_llm_stage:
             pieces = self.step.routes[microbatch].to_llm(self.replica)
             return [(piece.encoder, _rows(whole, piece.target, piece)) for piece in pieces]
         return [(self.replica, whole)]
 
     def _peers_after(self, microbatch: int, whole: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
-        if self.is_vision:
+        if self.stage_index + 1 == self.first_llm_stage:
             pieces = self.step.routes[microbatch].from_encoder(self.replica)
             return [(piece.llm, _rows(whole, piece.source, piece)) for piece in pieces]
         return [(self.replica, whole)]
@@ -188,12 +180,31 @@ class RaggedStage(_PipelineStageBase):
         self._pending = deque(kept)
 
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
+        if self._idle(fwd_chunk_id):
+            return []
+        if self.is_vision:
+            self._incoming[fwd_chunk_id] = self._ask_shape(fwd_chunk_id)
         size = self._input_size(fwd_chunk_id)
-        if self._idle(fwd_chunk_id) or not size[0]:
+        if not size[0]:
             return []
         buffer = torch.empty(size, dtype=self.wire.dtype, device=self.device)
         self._received[fwd_chunk_id] = buffer
         return self._receive(self.stage_index - 1, self._peers_before(fwd_chunk_id, buffer))
+
+    def _ask_shape(self, microbatch: int) -> tuple[int, ...]:
+        """What precedes the encoder's layers gives the shape that runs through them: nothing is negotiated."""
+        assert isinstance(self.submod, VisionPart)
+        with self.wire.context():
+            return self.submod.incoming(self.wire.to_device(self._inputs_of(microbatch)))
+
+    def _inputs_of(self, microbatch: int) -> Mapping[str, Any]:
+        inputs = self.step.inputs[microbatch]
+        if inputs is None:
+            raise ShapeMismatchError(
+                f"the shapes say that microbatch {microbatch} has work for stage {self.stage_index} of replica "
+                f"{self.replica}, but it was given no inputs"
+            )
+        return inputs
 
     def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
         output, _ = self._saved[fwd_chunk_id]
@@ -267,15 +278,11 @@ class RaggedStage(_PipelineStageBase):
 
     def _compute(self, microbatch: int, received: torch.Tensor | None) -> torch.Tensor:
         step = self.step
-        inputs = step.inputs[microbatch]
-        if inputs is None:
-            raise ShapeMismatchError(
-                f"the shapes say that microbatch {microbatch} has work for stage {self.stage_index} of replica "
-                f"{self.replica}, but it was given no inputs"
-            )
-        inputs = self.wire.to_device(inputs)
+        inputs = self.wire.to_device(self._inputs_of(microbatch))
         if isinstance(self.submod, VisionPart):
-            output = self.submod(inputs, step.form)
+            output = self.submod(inputs, received, step.form)
+            if not self.submod.last:
+                return self._sendable(output)
         else:
             self._check_text(microbatch, inputs)
             result = self.submod(inputs, received, step.form, step.loss_divisor)
@@ -292,6 +299,9 @@ class RaggedStage(_PipelineStageBase):
                 f"microbatch {microbatch} gives {what} of shape {tuple(output.shape)}, but its shape columns say "
                 f"{expected}: the dataset was annotated with another processor or collator. Profile it again"
             )
+        return self._sendable(output)
+
+    def _sendable(self, output: torch.Tensor) -> torch.Tensor:
         output = output.to(self.wire.dtype).contiguous()
         return output.clone() if output._is_view() else output  # a split backward detaches it in place
 

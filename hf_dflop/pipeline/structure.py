@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from hf_dflop.errors import ModelError
+from hf_dflop.pipeline.encoder import EncoderStack
 
 __all__ = ["Structure", "read_structure"]
 
@@ -46,6 +47,17 @@ class Structure:
     """Inputs of `get_image_features`."""
     tied: bool
     """The head's weight is the token embedding."""
+    stack: EncoderStack | None = None
+    """Parts of the encoder, where it is to be cut."""
+
+    @property
+    def between(self) -> tuple[str, ...]:
+        """Modules whose own parameters (a newline embedding) belong to the encoder: the body, on to the decoder."""
+        names, at = [self.body], self.body
+        for step in self.decoder[len(self.body) + 1 :].split(".")[:-1]:
+            at = f"{at}.{step}"
+            names.append(at)
+        return tuple(names)
 
 
 def read_structure(model: nn.Module) -> Structure:

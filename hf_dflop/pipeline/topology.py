@@ -1,21 +1,19 @@
 """Which rank runs which stages for which replica, and the process groups of a plan.
 
-Stages count through the whole model: 0 is the encoder with its connector, 1, 2, ... are the LLM's. A *column* is a
-pipeline rank: the stages that one rank of a replica runs. Encoder and LLM may have different numbers of replicas.
+Stages count through the whole model: first the encoder's (the connector is with its last), then the LLM's. A *column*
+is a pipeline rank: the stages that one rank of a replica runs. Encoder and LLM may have different numbers of replicas.
 
 In: a plan. Out: stage → column, (stage, replica) → rank, rank → place. Ranks are those of the plan, counted from 0.
 
-Assumptions: one encoder stage, no tensor parallelism (refused here).
+Assumption: no tensor parallelism, an encoder rank has one stage (refused here).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from hf_dflop.errors import PlanError
 from hf_dflop.plan.plan import Plan
 
-__all__ = ["VISION_STAGE", "Place", "Topology"]
-
-VISION_STAGE = 0
+__all__ = ["Place", "Topology"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,16 +24,17 @@ class Place:
     column: int
     replica: int
     stages: tuple[int, ...]
+    first_llm_stage: int = field(default=1, repr=False)
 
     @property
     def encodes(self) -> bool:
-        """Whether this rank runs the encoder, so needs pixels."""
-        return VISION_STAGE in self.stages
+        """Whether this rank runs a stage of the encoder, so needs pixels."""
+        return self.stages[0] < self.first_llm_stage
 
     @property
     def is_llm(self) -> bool:
         """Whether this rank runs a stage of the LLM, so needs text."""
-        return any(stage != VISION_STAGE for stage in self.stages)
+        return self.stages[-1] >= self.first_llm_stage
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,10 +59,9 @@ class Topology:
         for name, module in (("vision", plan.vision), ("llm", plan.llm)):
             if module.tp != 1:
                 raise PlanError(f"{name}.tp is {module.tp}; the pipeline runs without tensor parallelism: use tp=1.")
-        if plan.vision.num_stages != 1:
+        if plan.vision.num_chunks != 1:
             raise PlanError(
-                f"vision has {plan.vision.num_stages} stages; the pipeline runs the encoder as one stage: give it "
-                "one number of layers, and more replicas (dp) instead."
+                f"vision.num_chunks is {plan.vision.num_chunks}; an encoder rank runs one stage: set it to 1."
             )
         if plan.fsdp_shards != 1:
             raise PlanError(
@@ -78,8 +76,12 @@ class Topology:
         return self.plan.placement == "disjoint"
 
     @property
+    def first_llm_stage(self) -> int:
+        return self.plan.vision.num_stages
+
+    @property
     def num_stages(self) -> int:
-        return 1 + self.plan.llm.num_stages
+        return self.first_llm_stage + self.plan.llm.num_stages
 
     @property
     def last_stage(self) -> int:
@@ -88,22 +90,23 @@ class Topology:
     @property
     def stage_columns(self) -> tuple[int, ...]:
         """Column of each stage."""
-        first = 1 if self.disjoint else 0
-        return (0, *(first + stage % self.plan.llm.pp for stage in range(self.plan.llm.num_stages)))
+        first = self.first_llm_stage if self.disjoint else 0
+        llm = (first + stage % self.plan.llm.pp for stage in range(self.plan.llm.num_stages))
+        return (*range(self.first_llm_stage), *llm)
 
     @property
     def num_columns(self) -> int:
-        return self.plan.llm.pp + (1 if self.disjoint else 0)
+        return self.plan.llm.pp + (self.first_llm_stage if self.disjoint else 0)
 
     def replicas(self, stage: int) -> int:
         """Replicas of a stage."""
-        return self.plan.vision.dp if stage == VISION_STAGE else self.plan.llm.dp
+        return self.plan.vision.dp if stage < self.first_llm_stage else self.plan.llm.dp
 
     def rank(self, stage: int, replica: int) -> int:
         """The plan's rank that runs a stage for a replica."""
-        if stage == VISION_STAGE:
-            return self.plan.vision_ranks[replica]
-        return self.plan.llm_ranks[self.plan.llm.rank(stage=stage - 1, replica=replica)]
+        if stage < self.first_llm_stage:
+            return self.plan.vision_ranks[self.plan.vision.rank(stage=stage, replica=replica)]
+        return self.plan.llm_ranks[self.plan.llm.rank(stage=stage - self.first_llm_stage, replica=replica)]
 
     def place(self, rank: int) -> Place:
         """Where a rank of the plan stands."""
@@ -111,7 +114,13 @@ class Topology:
             stages = tuple(stage for stage, at in enumerate(self.stage_columns) if at == column)
             for replica in range(self.replicas(stages[-1])):
                 if self.rank(stages[-1], replica) == rank:
-                    return Place(rank=rank, column=column, replica=replica, stages=stages)
+                    return Place(
+                        rank=rank,
+                        column=column,
+                        replica=replica,
+                        stages=stages,
+                        first_llm_stage=self.first_llm_stage,
+                    )
         raise PlanError(f"rank {rank} is not one of the plan's {self.plan.num_ranks} ranks.")
 
     def column_ranks(self, column: int) -> tuple[int, ...]:

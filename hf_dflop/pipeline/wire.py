@@ -1,13 +1,20 @@
-"""How tensors travel between stages, and in which type a stage computes."""
+"""What a stage is told: how tensors travel, and the inputs of one call.
+
+In: settings of the model and of a call. Out: records that every stage of a rank shares.
+"""
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-__all__ = ["Wire"]
+from hf_dflop.pipeline.bridge import Route
+from hf_dflop.pipeline.features import FeatureFormat
+from hf_dflop.pipeline.shape import StepShape
+
+__all__ = ["StageStep", "Wire"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,3 +41,20 @@ def _to(value: Any, device: torch.device) -> Any:
     if isinstance(value, Mapping):
         return {key: _to(part, device) for key, part in value.items()}
     return value
+
+
+@dataclass(kw_only=True, slots=True)
+class StageStep:
+    """What a stage needs for one call; made anew for each."""
+
+    shape: StepShape
+    routes: tuple[Route, ...]
+    inputs: list[Mapping[str, Any] | None]
+    """Of each microbatch: vision inputs on stages of the encoder, text inputs on the others."""
+    form: FeatureFormat | None
+    loss_divisor: torch.Tensor | None = None
+    loss_scale: float | torch.Tensor = 1.0
+    backward: bool = True
+    keep_logits: bool = False
+    losses: dict[int, torch.Tensor] = field(default_factory=dict)
+    logits: dict[int, torch.Tensor] = field(default_factory=dict)

@@ -74,10 +74,24 @@ def _config(family: str) -> Any:
 
 
 @functools.cache
-def _master(family: str, dtype: torch.dtype, layers: int, tied: bool, deepstack: int) -> Any:
+def _master(
+    family: str,
+    dtype: torch.dtype,
+    layers: int,
+    tied: bool,
+    deepstack: int,
+    encoder: int,
+    feature_layers: tuple[int, ...],
+) -> Any:
     import transformers as tf
 
     config = _config(family)
+    if encoder:
+        setattr(
+            config.vision_config, "depth" if hasattr(config.vision_config, "depth") else "num_hidden_layers", encoder
+        )
+    if feature_layers:
+        config.vision_feature_layer = list(feature_layers)
     text = config.get_text_config()
     text.num_hidden_layers = layers
     if getattr(text, "layer_types", None):
@@ -97,10 +111,17 @@ def _master(family: str, dtype: torch.dtype, layers: int, tied: bool, deepstack:
 
 
 def model(
-    family: str, dtype: torch.dtype = torch.float64, *, layers: int = 4, tied: bool = False, deepstack: int = 0
+    family: str,
+    dtype: torch.dtype = torch.float64,
+    *,
+    layers: int = 4,
+    tied: bool = False,
+    deepstack: int = 0,
+    encoder: int = 0,
+    feature_layers: tuple[int, ...] = (),
 ) -> Any:
-    """A fresh model, the same on every rank."""
-    return copy.deepcopy(_master(family, dtype, layers, tied, deepstack))
+    """A fresh model, the same on every rank; `encoder` layers of the encoder, features of `feature_layers`."""
+    return copy.deepcopy(_master(family, dtype, layers, tied, deepstack, encoder, feature_layers))
 
 
 def plan(
@@ -112,16 +133,20 @@ def plan(
     chunks: int = 1,
     placement: str = "disjoint",
     checkpointing: bool = False,
+    encoder: tuple[int, ...] = (1,),
     **settings: Any,
 ) -> Plan:
-    """A plan of (vision replicas, LLM pipeline ranks, LLM replicas), its layers spread unevenly where possible."""
+    """A plan of (vision replicas, LLM pipeline ranks, LLM replicas), its layers spread unevenly where possible;
+    `encoder` layers of each stage of the encoder."""
     vision_dp, pp, dp = layout
     stages = pp * chunks
     spread = [layers // stages] * stages
     if stages > 1 and spread[0] > 1:
         spread[0], spread[1] = spread[0] + 1, spread[1] - 1
     return Plan(
-        vision=ModulePlan(layers=(1,), dp=dp if placement != "disjoint" else vision_dp, checkpointing=checkpointing),
+        vision=ModulePlan(
+            layers=encoder, dp=dp if placement != "disjoint" else vision_dp, checkpointing=checkpointing
+        ),
         llm=ModulePlan(layers=tuple(spread), dp=dp, num_chunks=chunks, checkpointing=checkpointing),
         num_microbatches=num_microbatches,
         schedule=schedule,
@@ -277,8 +302,12 @@ class Worlds:
         torch.set_num_threads(1)
         keep_float64()
         self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # by torchrun
         self.store = dist.TCPStore(
-            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, wait_for_workers=False
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            is_master=self.rank == 0 and not hosted,
+            wait_for_workers=False,
         )
         self.count = 0
 

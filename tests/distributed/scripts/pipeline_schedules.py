@@ -1,6 +1,6 @@
 """Every schedule, placement and setting: gradients against the stock model; and what must fail, fails.
 
-Arguments: names of cases, or "all".
+Arguments: names of cases (separated by semicolons), what begins them and a star, or "all".
 """
 
 import contextlib
@@ -33,6 +33,7 @@ class Case:
     packed: bool = False
     shuffled: bool = False
     autocast: torch.dtype | None = None
+    dtype: torch.dtype = torch.float64
     check: bool = True
     patch: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
     wrong: bool = False
@@ -65,6 +66,7 @@ def stock_split() -> Iterator[None]:
 
 
 DEEP = {"deepstack": 2}
+FOUR = {"encoder": 4}
 ZB = {"schedule": "zero-bubble"}
 CASES: dict[str, Case] = {
     "interleaved": Case(layout=(1, 2, 1), plan={"schedule": "interleaved", "chunks": 2}),
@@ -103,12 +105,65 @@ CASES: dict[str, Case] = {
         layout=(1, 2, 1), family="qwen3_vl", model=DEEP | {"layers": 2}, check=False, wrong=True
     ),
     "halved features": Case(layout=(1, 2, 1), patch=halved_features, wrong=True),
+    "encoder in stages, tied": Case(layout=(1, 2, 1), plan={"encoder": (2, 2)}, model=FOUR | {"tied": True}),
+    "encoder in stages, zero bubble": Case(layout=(1, 2, 1), plan=ZB | {"encoder": (3, 1)}, model=FOUR),
+    "encoder in stages, text only": Case(
+        layout=(1, 1, 2), plan=ZB | {"encoder": (2, 2)}, model=FOUR, cells={"text_only": True}
+    ),
+    "encoder in stages, LLM replicas": Case(
+        layout=(1, 1, 2), plan={"encoder": (2, 2)}, model=FOUR, family="aya_vision"
+    ),
+    "encoder in stages, its replicas": Case(
+        layout=(2, 1, 1), plan={"encoder": (2, 2)}, model=FOUR, family="qwen2_5_vl"
+    ),
+    "encoder in stages, SigLIP": Case(layout=(2, 1, 1), plan={"encoder": (1, 3)}, model=FOUR, family="gemma3"),
+    "encoder in stages, newline": Case(
+        layout=(1, 1, 2), plan={"encoder": (3, 1)}, model=FOUR, family="llava_onevision"
+    ),
+    "encoder in stages, deepstack": Case(
+        layout=(1, 2, 1), plan={"encoder": (1, 1, 2)}, model=FOUR | DEEP, family="qwen3_vl"
+    ),
+    "encoder in stages, frozen encoder": Case(
+        layout=(1, 1, 1), plan={"encoder": (2, 2), "frozen": ("vision", "connector")}, model=FOUR
+    ),
+    "encoder in stages, checkpointing": Case(
+        layout=(1, 1, 1), plan={"encoder": (2, 2), "checkpointing": True}, model=FOUR
+    ),
+    "encoder in stages, autocast": Case(
+        layout=(1, 1, 1), plan={"encoder": (2, 2)}, model=FOUR, autocast=torch.bfloat16
+    ),
+    "encoder in stages, float32": Case(
+        layout=(1, 1, 1), plan={"encoder": (2, 2)}, model=FOUR, dtype=torch.float32, tolerance=1e-4
+    ),
+    "encoder in stages, float32, mrope": Case(
+        layout=(2, 1, 1),
+        plan={"encoder": (2, 2)},
+        model=FOUR,
+        family="qwen2_5_vl",
+        dtype=torch.float32,
+        tolerance=1e-4,
+    ),
+    "encoder in stages, halved": Case(
+        layout=(1, 1, 1), plan={"encoder": (2, 2)}, model=FOUR, patch=halved_features, wrong=True
+    ),
+    "encoder in stages, features of an early depth": Case(
+        layout=(1, 1, 1),
+        plan={"encoder": (2, 2)},
+        model=FOUR | {"feature_layers": (1, -1)},
+        refused="taken at a depth before its layers",
+    ),
+    "encoder in stages, features of an early depth, unchecked": Case(
+        layout=(1, 1, 1), plan={"encoder": (2, 2)}, model=FOUR | {"feature_layers": (1, -1)}, check=False, wrong=True
+    ),
+    "encoder in stages, features of a late depth": Case(
+        layout=(1, 1, 1), plan={"encoder": (2, 2)}, model=FOUR | {"feature_layers": (2, -1)}
+    ),
     "stock zero bubble": Case(layout=(1, 2, 1), plan=ZB, cells={"text_only": True}, patch=stock_split, wrong=True),
 }
 
 
 def run(worlds: p.Worlds, name: str, case: Case) -> None:
-    dtype = torch.float64 if case.autocast is None else torch.float32
+    dtype = case.dtype if case.autocast is None else torch.float32
     layers = case.model.get("layers", 4)
     collate = p.casting(p.collator(case.family), dtype)
     built = p.model(case.family, dtype, **case.model)
@@ -167,6 +222,11 @@ def run(worlds: p.Worlds, name: str, case: Case) -> None:
 
 if __name__ == "__main__":
     worlds = p.Worlds()
-    names = list(CASES) if sys.argv[1] == "all" else sys.argv[1].split(";")
+    given = sys.argv[1]
+    names = [
+        name
+        for name in CASES
+        if given == "all" or name in given.split(";") or (given[-1] == "*" and name.startswith(given[:-1]))
+    ]
     for name in names:
         run(worlds, name, CASES[name])

@@ -1,6 +1,6 @@
 """Ten AdamW steps with weight decay, clipping and accumulation against the stock model; then saved and loaded.
 
-Arguments: families (comma separated), layout, float64 or float32.
+Arguments: families (comma separated), layout, float64 or float32, layers of each encoder stage (1 or 2,2).
 """
 
 import sys
@@ -25,9 +25,16 @@ def calls_of(family: str, step: int) -> list[p.Cells]:
     return [turned[: len(cells) // CALLS], turned[len(cells) // CALLS :]]
 
 
+ENCODER = tuple(map(int, sys.argv[4].split(",")))
+
+
+def build(family: str, dtype: torch.dtype) -> Any:
+    return p.model(family, dtype, tied=True, encoder=sum(ENCODER) if len(ENCODER) > 1 else 0)
+
+
 def stock_run(family: str, dtype: torch.dtype) -> Any:
     collate = p.casting(p.collator(family), dtype)
-    built = p.model(family, dtype, tied=True)
+    built = build(family, dtype)
     optimizer = torch.optim.AdamW(built.parameters(), **ADAMW)
     log = []
     for step in range(STEPS):
@@ -43,14 +50,14 @@ def stock_run(family: str, dtype: torch.dtype) -> Any:
 
 def run(worlds: p.Worlds, family: str, layout: p.Layout, dtype: torch.dtype) -> None:
     log, expected = worlds.tell(stock_run(family, dtype) if worlds.rank == 0 else None)
-    size = layout[0] + layout[1] * layout[2]
+    size = layout[0] * len(ENCODER) + layout[1] * layout[2]
     with worlds.of(size) as inside:
         if not inside:
             return
         collate = p.casting(p.collator(family), dtype)
         num_microbatches = len(calls_of(family, 0)[0]) // layout[2]
-        plan = p.plan(layout, num_microbatches=num_microbatches)
-        pipe = PipelineModel.from_model(p.model(family, dtype, tied=True), plan=plan)
+        plan = p.plan(layout, num_microbatches=num_microbatches, encoder=ENCODER)
+        pipe = PipelineModel.from_model(build(family, dtype), plan=plan)
         optimizer = torch.optim.AdamW(pipe.parameters(), **ADAMW)
         worst = 0.0
         for step, (loss, norm) in enumerate(log):

@@ -80,6 +80,17 @@ def test_ranks_of_a_plan() -> None:
         topology.place(7)
 
 
+def test_an_encoder_in_stages_comes_first() -> None:
+    plan = Plan(vision=ModulePlan(layers=(3, 2), dp=2), llm=ModulePlan(layers=(1, 1)), num_microbatches=2)
+    topology = Topology(plan=plan)
+    assert topology.stage_columns == (0, 1, 2, 3)
+    places = [topology.place(rank) for rank in range(plan.num_ranks)]
+    assert [place.stages for place in places] == [(0,), (0,), (1,), (1,), (2,), (3,)]
+    assert [place.encodes for place in places] == [True] * 4 + [False] * 2
+    assert [place.is_llm for place in places] == [False] * 4 + [True] * 2
+    assert topology.column_ranks(1) == (2, 3)
+
+
 def test_a_colocated_encoder_is_a_stage_of_its_own_on_the_first_column() -> None:
     plan = Plan(
         placement="colocated",
@@ -95,7 +106,7 @@ def test_a_colocated_encoder_is_a_stage_of_its_own_on_the_first_column() -> None
 @pytest.mark.parametrize(
     ("module", "settings", "reason"),
     [
-        ({"vision": ModulePlan(layers=(1, 1))}, {}, "the encoder as one stage"),
+        ({"vision": ModulePlan(layers=(1, 1), num_chunks=2)}, {}, "an encoder rank runs one stage"),
         ({"vision": ModulePlan(layers=(1,), tp=2)}, {}, "vision.tp is 2"),
         ({"llm": ModulePlan(layers=(1,), tp=2)}, {}, "llm.tp is 2"),
         ({}, {"cached_features": True, "frozen": ("vision",)}, "cached_features"),

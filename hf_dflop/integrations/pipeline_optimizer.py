@@ -1,0 +1,105 @@
+"""An optimizer of the whole model → one of a rank's share, the same object.
+
+In: an optimizer built on the stock model, or something that builds one. Out: it, with the parameters that this rank
+holds, in the groups and with the options (and the state, if there is any) that they had. A learning-rate scheduler on
+it stays attached.
+
+Assumption: the optimizer updates each parameter by itself, as all of torch.optim but LBFGS do; one that looks at the
+parameters of all groups together (LBFGS, Prodigy) would see those of one rank alone.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_dflop.errors import TrainerError
+
+__all__ = ["keep_share", "names_of"]
+
+
+def names_of(model: nn.Module) -> dict[nn.Parameter, list[str]]:
+    """Parameter -> all names under which `model` has it."""
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    return names
+
+
+def keep_share(optimizer: Any, names: Mapping[nn.Parameter, list[str]], pipe: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer of this rank.
+
+    Args:
+        optimizer (`torch.optim.Optimizer` or `Callable`):
+            Built on the model before it was cut (changed in place), or a class or function that makes one from an
+            iterable of parameters.
+        names (`Mapping`): [`names_of`] the model before it was cut.
+        pipe (`nn.Module`): this rank's share.
+
+    Raises:
+        TrainerError: it is neither, is wrapped already, has parameters of another model, or keeps parameters where
+            they cannot be exchanged.
+    """
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        if not callable(optimizer):
+            raise TrainerError(
+                f"optimizer is a {type(optimizer).__name__}; give a torch optimizer, its class, or a function that "
+                "makes one from parameters."
+            )
+        made = optimizer(pipe.parameters())
+        if not isinstance(made, torch.optim.Optimizer):
+            raise TrainerError(f"optimizer(parameters) gave a {type(made).__name__}, not a torch optimizer.")
+        _check_groups_only(made)
+        return made
+    if isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        raise TrainerError(
+            f"the optimizer is wrapped already ({type(optimizer).__name__}); give prepare the plain one, instead of "
+            "passing it to accelerator.prepare."
+        )
+    _check_groups_only(optimizer)
+    own = dict(pipe.named_parameters(remove_duplicate=False))
+    stays: dict[nn.Parameter, nn.Parameter] = {}
+    for number, group in enumerate(optimizer.param_groups):
+        for place, parameter in enumerate(group["params"]):
+            if parameter not in names:
+                raise TrainerError(
+                    f"parameter {place} of the optimizer's group {number}, of shape {tuple(parameter.shape)}, is not "
+                    "one of the model's: build the optimizer on the very model that is given to prepare."
+                )
+            found = next((own[name] for name in names[parameter] if name in own), None)
+            if found is not None:
+                stays[parameter] = found
+    for group in optimizer.param_groups:
+        kept = [place for place, parameter in enumerate(group["params"]) if parameter in stays]
+        if "param_names" in group:
+            group["param_names"] = [group["param_names"][place] for place in kept]
+        group["params"] = [stays[group["params"][place]] for place in kept]
+    state = {stays[parameter]: values for parameter, values in optimizer.state.items() if parameter in stays}
+    optimizer.state.clear()
+    optimizer.state.update(state)
+    if state:
+        optimizer.load_state_dict(optimizer.state_dict())  # moves the state to the parameters' device
+    return optimizer
+
+
+def _check_groups_only(optimizer: torch.optim.Optimizer) -> None:
+    for name, value in vars(optimizer).items():
+        if name not in ("param_groups", "state") and _holds_parameters(value):
+            raise TrainerError(
+                f"{type(optimizer).__name__} keeps parameters in its attribute {name!r}, too: it looks at several "
+                "parameters at once, and a rank holds a share of them. Use an optimizer that updates each parameter "
+                "by itself, such as AdamW."
+            )
+
+
+def _holds_parameters(value: Any, depth: int = 3) -> bool:
+    if isinstance(value, nn.Parameter):
+        return True
+    if not depth:
+        return False
+    if isinstance(value, Mapping):
+        return any(_holds_parameters(part, depth - 1) for pair in value.items() for part in pair)
+    if isinstance(value, (list, tuple, set)):
+        return any(_holds_parameters(part, depth - 1) for part in value)
+    return False

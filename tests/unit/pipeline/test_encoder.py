@@ -1,0 +1,73 @@
+"""Where encoders can be cut, and their stages chained in one process: features and gradients of the whole."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from hf_dflop.errors import ModelError, PlanError
+from hf_dflop.pipeline.check_encoder import check_encoder, compare_encoder
+from hf_dflop.pipeline.split import read_cut
+from hf_dflop.plan import ModulePlan, Plan
+from tests.distributed import pipelines as p
+
+LLM = ModulePlan(layers=(2, 2))
+
+
+def plan_of(*layers: int) -> Plan:
+    return Plan(vision=ModulePlan(layers=layers), llm=LLM, num_microbatches=1)
+
+
+def inputs_of(family: str) -> dict[str, Any]:
+    collate = p.casting(p.collator(family), torch.float64)
+    return collate(next(cell for cell in p.cells_of(family) if cell))
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny matrices: threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+KINDS = ("llava", "paligemma", "aya_vision", "internvl", "idefics3", "mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+
+
+@pytest.mark.parametrize("family", KINDS)
+def test_every_kind_of_encoder_is_exact_in_stages(family: str) -> None:
+    built, inputs = p.model(family, encoder=3), inputs_of(family)
+    compare_encoder(built, plan_of(1, 2), inputs)
+    check_encoder(type(built), built.config, plan_of(1, 1, 1), inputs)
+
+
+@pytest.mark.parametrize("layers", [(1, 4), (4, 1), (2, 1, 2), (1, 1, 1, 1, 1)])
+def test_features_taken_at_depths_travel_to_the_last_stage(layers: tuple[int, ...]) -> None:
+    compare_encoder(p.model("qwen3_vl", encoder=5, deepstack=3), plan_of(*layers), inputs_of("qwen3_vl"))
+
+
+def test_recorded_hidden_states_of_an_earlier_stage_are_refused() -> None:
+    built, inputs = p.model("llava", encoder=4, feature_layers=(2, -1)), inputs_of("llava")
+    compare_encoder(built, plan_of(2, 2), inputs)
+    with pytest.raises(ModelError, match="features on a small copy differ"):
+        compare_encoder(built, plan_of(3, 1), inputs)
+
+
+@pytest.mark.parametrize(
+    ("layers", "error", "says"),
+    [
+        ((1, 1), ModelError, "the plan spreads 2 encoder layers"),
+        ((0, 4), PlanError, "every stage of a split encoder needs a layer"),
+    ],
+)
+def test_layers_must_be_those_of_the_encoder(layers: tuple[int, ...], error: type[Exception], says: str) -> None:
+    with pytest.raises(error, match=says):
+        read_cut(p.model("llava", encoder=4), plan_of(*layers))
+
+
+def test_a_copy_that_does_not_run_is_refused() -> None:
+    built = p.model("llava", encoder=4)
+    with pytest.raises(ModelError, match="could not be tried"):
+        check_encoder(type(built), built.config, plan_of(2, 2), {"pixel_values": torch.zeros(1)})
