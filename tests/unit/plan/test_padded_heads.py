@@ -28,7 +28,7 @@ def test_degrees() -> None:
 
 def test_seconds_and_bytes_are_those_of_the_padded_encoder() -> None:
     assert padded_encoder(ODD, 4).vision.heads == 8
-    assert padded_encoder(SPEC, 4) is SPEC
+    assert padded_encoder(SPEC, 4) == SPEC
     assert encoder_share(SPEC, 4) == 0.25
     # per position and layer: projections 2·256·4·260, MLP 4·256·1024; with 8 heads 2·256·4·416
     assert encoder_share(ODD, 4) == pytest.approx((851_968 + 1_048_576) / (532_480 + 1_048_576) / 4)
