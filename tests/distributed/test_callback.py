@@ -23,7 +23,7 @@ def test_balanced_training_takes_the_same_steps(num_processes: int) -> None:
 def test_every_cut_of_an_epoch_keeps_the_samples_of_a_step(num_processes: int) -> None:
     output = launch("tests.distributed.scripts.sampler_cases", num_processes=num_processes)
     assert output.count("ok resume") == 5 * num_processes
-    assert output.count("ok grid") == 16 * num_processes
+    assert output.count("ok grid") == 8 * num_processes
     assert output.count("ok refused hang") == (0 if num_processes == 1 else 2)
 
 
