@@ -1,33 +1,35 @@
 """The border between computing and waiting lies where the last gradient is there."""
 
-import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from hf_dflop import clock
 from hf_dflop.integrations.timing import StepTimer
 
 
-def test_a_step_is_cut_where_things_happen() -> None:
+def test_a_step_is_cut_where_things_happen(monkeypatch: pytest.MonkeyPatch) -> None:
+    passed = [0.0]
+    monkeypatch.setattr(clock, "time", SimpleNamespace(time=lambda: 100.0, perf_counter=lambda: passed[0]))
     model = torch.nn.Linear(4, 1)
     timer = StepTimer(model, torch.device("cpu"))
     timer.begin_step(2)
-    time.sleep(0.02)
+    passed[0] += 2
     model(torch.ones(1, 4)).sum().backward()
     timer.end_slot()
-    time.sleep(0.03)
+    passed[0] += 3
     model(torch.ones(1, 4)).sum().backward()
-    time.sleep(0.05)  # waiting for the others
+    passed[0] += 5  # waiting for the others
     timer.end_sync()
-    time.sleep(0.01)
+    passed[0] += 1
     timer.end_step()
     (timing,) = timer.drain()
     assert len(timing.slot_end_s) == 2
-    assert timing.busy_s == pytest.approx(0.05, abs=0.03)
-    assert timing.sync_s == pytest.approx(0.05, abs=0.03)
-    assert timing.slot_end_s[0] - timing.begin_s == pytest.approx(0.02, abs=0.02)
-    assert timing.end_s - timing.sync_end_s == pytest.approx(0.01, abs=0.02)
+    assert (timing.begin_s, timing.busy_s, timing.sync_s) == (100.0, 5.0, 5.0)
+    assert timing.slot_end_s[0] - timing.begin_s == 2.0
+    assert timing.end_s - timing.sync_end_s == 1.0
     assert timer.drain() == []
 
 
