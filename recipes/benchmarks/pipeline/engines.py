@@ -49,7 +49,7 @@ class TorchVision(nn.Module):
         self.part, self.form = part, form
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        rows: torch.Tensor = self.part({"pixel_values": pixel_values}, self.form)
+        rows: torch.Tensor = self.part({"pixel_values": pixel_values}, None, self.form)
         return rows.clone() if rows._is_view() else rows
 
 
