@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from recipes.demo import DemoAssets, prepare
+from recipes.demo.processes import process_environment
 from recipes.demo.settings import ARMS, DemoSettings, write_whole
 
 ROOT = Path(__file__).parents[2]
-_KEEP_LARGE_BLOCKS = {"hugetlb": 1, "mmap_threshold": 4 << 30, "trim_threshold": 8 << 30, "top_pad": 256 << 20}
-GLIBC_TUNABLES = ":".join(f"glibc.malloc.{name}={value}" for name, value in _KEEP_LARGE_BLOCKS.items())
 
 
 def main() -> None:
@@ -102,17 +101,7 @@ def _train(settings: DemoSettings) -> None:
         "--main_process_ip", "127.0.0.1", "--main_process_port", "0",
         "-m", "recipes.demo.compare", "--settings", str(settings.output_dir / "settings.json"),
     ]  # fmt: skip
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        # The logits of one microbatch are hundreds of MB. glibc would return such blocks to the kernel and have them
-        # zeroed anew each time; two processes doing that wait for each other's memory, which no sampler can balance.
-        "GLIBC_TUNABLES": GLIBC_TUNABLES,
-        "TOKENIZERS_PARALLELISM": "false",
-        "HF_HUB_OFFLINE": "1",
-        "TORCH_CPP_LOG_LEVEL": "ERROR",
-        "PYTHONWARNINGS": "ignore",
-    }
-    finished = subprocess.run(command, cwd=ROOT, env=environment, check=False)
+    finished = subprocess.run(command, cwd=ROOT, env=process_environment(), check=False)
     if finished.returncode != 0:
         raise SystemExit(f"training ended with status {finished.returncode}; run the demo again to go on from here.")
 

@@ -5,7 +5,6 @@ Finished runs are kept in the output folder and not repeated: an interrupted ben
 
 import argparse
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from typing import Any
 from recipes.benchmarks.balancing.model import ATTENTION, SIZES
 from recipes.benchmarks.balancing.settings import ARMS, MAX_TILES, MIXES, BalancingSettings
 from recipes.benchmarks.common.results import Row, make_result, rounded, save
-from recipes.demo.__main__ import GLIBC_TUNABLES
+from recipes.demo.processes import process_environment
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -64,16 +63,8 @@ def _train(settings: BalancingSettings, arms: list[str] | None) -> None:
         "-m", "recipes.benchmarks.balancing.train", "--settings", str(path),
         *(["--arms", *arms] if arms else []),
     ]  # fmt: skip
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "GLIBC_TUNABLES": GLIBC_TUNABLES,  # two processes must not wait for each other's memory
-        "TOKENIZERS_PARALLELISM": "false",
-        "HF_HUB_OFFLINE": "1",
-        "TORCH_CPP_LOG_LEVEL": "ERROR",
-        "PYTHONWARNINGS": "ignore",
-    }
     begin = time.monotonic()
-    finished = subprocess.run(command, cwd=ROOT, env=environment, check=False)
+    finished = subprocess.run(command, cwd=ROOT, env=process_environment(), check=False)
     if finished.returncode != 0:
         raise SystemExit(f"training ended with status {finished.returncode}; run it again to go on from here.")
     print(f"[bench] {settings.mix}: {(time.monotonic() - begin) / 60:.1f} minutes", flush=True)

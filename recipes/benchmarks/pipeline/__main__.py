@@ -5,7 +5,6 @@ Finished parts are kept in the output folder and not repeated: an interrupted be
 
 import argparse
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -15,7 +14,7 @@ from pathlib import Path
 
 from recipes.benchmarks.common.results import Row, make_result, rounded, save
 from recipes.benchmarks.pipeline.settings import PARTS, PipelineSettings
-from recipes.demo.__main__ import GLIBC_TUNABLES
+from recipes.demo.processes import process_environment
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -69,16 +68,8 @@ def _measure(settings: PipelineSettings, parts: list[str]) -> None:
         "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1",
         "-m", "recipes.benchmarks.pipeline.run", "--settings", str(path), "--parts", *parts,
     ]  # fmt: skip
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "GLIBC_TUNABLES": GLIBC_TUNABLES,  # two processes must not wait for each other's memory
-        "TOKENIZERS_PARALLELISM": "false",
-        "HF_HUB_OFFLINE": "1",
-        "TORCH_CPP_LOG_LEVEL": "ERROR",
-        "PYTHONWARNINGS": "ignore",
-    }
     begin = time.monotonic()
-    finished = subprocess.run(command, cwd=ROOT, env=environment, check=False)
+    finished = subprocess.run(command, cwd=ROOT, env=process_environment(), check=False)
     if finished.returncode != 0:
         raise SystemExit(f"it ended with status {finished.returncode}; run it again to go on from here.")
     print(f"[bench] pipeline: {(time.monotonic() - begin) / 60:.1f} minutes", flush=True)
