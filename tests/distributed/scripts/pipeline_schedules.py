@@ -122,7 +122,7 @@ CASES: dict[str, Case] = {
         layout=(1, 1, 2), plan={"encoder": (3, 1)}, model=FOUR, family="llava_onevision"
     ),
     "encoder in stages, deepstack": Case(
-        layout=(1, 2, 1), plan={"encoder": (1, 1, 2)}, model=FOUR | DEEP, family="qwen3_vl"
+        layout=(1, 2, 1), plan={"encoder": (1, 1, 2)}, model=FOUR | DEEP, family="qwen3_vl", check=True
     ),
     "encoder in stages, frozen encoder": Case(
         layout=(1, 1, 1), plan={"encoder": (2, 2), "frozen": ("vision", "connector")}, model=FOUR

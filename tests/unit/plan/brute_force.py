@@ -22,7 +22,7 @@ from hf_dflop.plan.space import Layout, layouts
 from hf_dflop.plan.workload import Workload, draw_batches
 from hf_dflop.shapes import Shapes
 
-__all__ = ["brute_force", "random_scorer"]
+__all__ = ["brute_force", "plans_of", "random_scorer"]
 
 
 def random_scorer(seed: int) -> Scorer:

@@ -7,16 +7,15 @@ import numpy as np
 import pytest
 
 from hf_dflop.plan.bound import Variant, layout_bounds
-from hf_dflop.plan.candidates import SEARCHED_SCHEDULES, checkpointing_variants, draft_plans, make_candidate
+from hf_dflop.plan.candidates import make_candidate
 from hf_dflop.plan.cluster import Cluster, NodeGroup
 from hf_dflop.plan.compiled import compile_order, step_seconds
 from hf_dflop.plan.constraints import Constraints
-from hf_dflop.plan.plan import Plan
-from hf_dflop.plan.score import Scorer
 from hf_dflop.plan.search import search
 from hf_dflop.plan.space import Layout, layouts
 from hf_dflop.plan.step import plan_step
 
+from .brute_force import plans_of
 from .planning import mixture, scorer_of, small_gpu, small_spec
 
 CASES = [
@@ -27,19 +26,6 @@ CASES = [
     *[(nodes, 2, 10, 0.5, 2, 4, seed) for nodes in (2, 3, 5, 8) for seed in (6, 7)],
     *[(1, 16, 24, 0.8, 6, 4, seed) for seed in (8, 9, 10, 11)],
 ]
-
-
-def plans_of(scorer: Scorer, layout: Layout) -> list[Plan]:
-    """All plans of a layout that fit: for each schedule and number of microbatches, the least recomputation."""
-    found = []
-    workload = scorer.workload
-    for schedule, chunks, count in draft_plans(layout, len(workload.batches[0]), SEARCHED_SCHEDULES):
-        for again in checkpointing_variants(workload):
-            plan = make_candidate(workload, layout, schedule, chunks, count, again)
-            if plan is not None and scorer.fits(plan, composed=True):
-                found.append(plan)
-                break
-    return found
 
 
 def test_there_are_enough_cases() -> None:
