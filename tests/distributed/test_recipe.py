@@ -82,3 +82,24 @@ def test_it_refuses_to_run_on_fewer_processes_than_expected(ingredients: tuple[s
     assert finished.returncode != 0
     assert "--expect_processes 2, but 1 started" in finished.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_a_resumed_run_begins_with_the_weights_of_its_checkpoint(ingredients: tuple[str, str], tmp_path: Path) -> None:
+    """Trainer alone would go on from those of `--model`: it misses weights that are saved under other names."""
+    import torch
+    from transformers import AutoModelForImageTextToText, TrainingArguments
+
+    from recipes import finetune_vlm
+
+    model, data = ingredients
+    trained = AutoModelForImageTextToText.from_pretrained(model)
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            parameter.add_(1.0)
+    trained.save_pretrained(tmp_path / "checkpoint-3")
+    training = TrainingArguments(
+        output_dir=str(tmp_path), use_cpu=True, report_to=[], resume_from_checkpoint=str(tmp_path / "checkpoint-3")
+    )
+    recipe = finetune_vlm.RecipeArguments(model=model, dataset=data, dtype="float32")
+    resumed = dict(finetune_vlm.prepare(recipe, training).model.named_parameters())
+    assert all(torch.equal(resumed[name], parameter) for name, parameter in trained.named_parameters())

@@ -1,6 +1,7 @@
 """Where encoders can be cut, and their stages chained in one process: features and gradients of the whole."""
 
 from collections.abc import Iterator
+from functools import partialmethod
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from hf_dflop.errors import ModelError, PlanError
 from hf_dflop.pipeline.check_encoder import check_encoder, compare_encoder
+from hf_dflop.pipeline.encoder import VisionPart
 from hf_dflop.pipeline.split import read_cut
 from hf_dflop.plan import ModulePlan, Plan
 from tests.distributed import pipelines as p
@@ -43,9 +45,31 @@ def test_every_kind_of_encoder_is_exact_in_stages(family: str) -> None:
     check_encoder(type(built), built.config, plan_of(1, 1, 1), inputs)
 
 
-@pytest.mark.parametrize("layers", [(1, 4), (4, 1), (2, 1, 2), (1, 1, 1, 1, 1)])
-def test_features_taken_at_depths_travel_to_the_last_stage(layers: tuple[int, ...]) -> None:
-    compare_encoder(p.model("qwen3_vl", encoder=5, deepstack=3), plan_of(*layers), inputs_of("qwen3_vl"))
+@pytest.mark.parametrize(
+    ("layers", "widths"),
+    [((1, 4), [16]), ((4, 1), [64]), ((2, 1, 2), [32, 48]), ((1, 1, 1, 1, 1), [16, 32, 48, 64])],
+)
+def test_features_taken_at_depths_travel_to_the_last_stage(
+    layers: tuple[int, ...], widths: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside the 16 hidden columns: depths 0, 1, 2 that are taken before the edge, but for one that is the edge."""
+    built, inputs, stock = p.model("qwen3_vl", encoder=5, deepstack=3), inputs_of("qwen3_vl"), VisionPart.forward
+    sent: list[int] = []
+
+    def watched(self: VisionPart, given: Any, received: Any, form: Any, *, keep: bool = True) -> torch.Tensor:
+        if received is not None:
+            sent.append(received.shape[-1])
+            if not keep:
+                received = torch.cat([received[:, :16], torch.zeros_like(received[:, 16:])], dim=1)
+        return stock(self, given, received, form)
+
+    monkeypatch.setattr(VisionPart, "forward", watched)
+    compare_encoder(built, plan_of(*layers), inputs)  # raises where features or gradients differ
+    assert sent == widths
+    if max(widths) > 16:
+        monkeypatch.setattr(VisionPart, "forward", partialmethod(watched, keep=False))
+        with pytest.raises(ModelError, match="differ"):
+            compare_encoder(built, plan_of(*layers), inputs)
 
 
 def test_recorded_hidden_states_of_an_earlier_stage_are_refused() -> None:

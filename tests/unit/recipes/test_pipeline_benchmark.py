@@ -4,8 +4,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+from hf_dflop.pipeline.features import read_format
+from hf_dflop.pipeline.split import build_part
+from hf_dflop.pipeline.structure import read_structure
 from recipes.benchmarks.common.results import Result, make_result
+from recipes.benchmarks.pipeline.engines import TorchLlm, TorchVision
 from recipes.benchmarks.pipeline.report import figures, section
 from recipes.benchmarks.pipeline.settings import (
     ENGINE_ARMS,
@@ -15,6 +20,7 @@ from recipes.benchmarks.pipeline.settings import (
     PipelineSettings,
     make_plan,
 )
+from tests.distributed import pipelines as p
 
 MEASURED = {"a, stock": (2.0, 2.2), "a, balanced": (1.0, 1.0), "b, stock": (2.1, 2.1)}
 PREDICTED = {"a, stock": 1.8, "a, balanced": 1.2, "b, stock": 1.7}
@@ -87,3 +93,19 @@ def test_plans_are_for_two_processes_and_one_batch(tmp_path: Path) -> None:
     path = tmp_path / "settings.json"
     settings.save(path)
     assert PipelineSettings.load(path) == settings
+
+
+def test_the_stages_that_torchs_engine_runs_are_the_model() -> None:
+    """One after the other they give the stock model's loss: the benchmark compares engines, not models."""
+    built = p.model("llava", torch.float64)
+    batch = p.casting(p.collator("llava"), torch.float64)(next(cell for cell in p.cells_of("llava") if cell))
+    divisor = torch.tensor([7])
+    with torch.no_grad():
+        expected = built(**batch, num_items_in_batch=divisor[0]).loss
+        form = read_format(built.model.get_image_features(batch["pixel_values"], return_dict=True))
+        structure, plan = read_structure(built), p.plan((1, 1, 1), layers=4)
+        rows = TorchVision(build_part(built, structure, plan, 0), form)(batch["pixel_values"])
+        text = {key: value for key, value in batch.items() if key != "pixel_values"}
+        llm = TorchLlm(build_part(built, structure, plan, 1), form)
+        loss = llm(rows, torch.tensor([len(rows)]), divisor=divisor, **text)
+    assert float(loss) == pytest.approx(float(expected), rel=1e-12)
