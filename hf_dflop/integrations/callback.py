@@ -223,9 +223,7 @@ class DflopCallback(TrainerCallback):
         self._order: SampleOrder | None = None
         self._epoch = state.global_step // self._steps_per_epoch - 1
         self._resume_step = 0 if args.ignore_data_skip else state.global_step % self._steps_per_epoch
-        if is_stream(dataloader.dataset) and self._balance:
-            self.sampler = self._install_stream(trainer, dataloader)
-        elif is_sampled:
+        if is_sampled or (is_stream(dataloader.dataset) and self._balance):
             self.sampler = self._install(trainer, dataloader)
         if self.sampler is not None:
             assert self._order is not None
@@ -243,45 +241,28 @@ class DflopCallback(TrainerCallback):
         if self._trace_dir is not None:
             self._trace = TraceWriter(self._trace_dir, self._rank, resume=state.global_step > 0)
 
-    def _install_stream(self, trainer: Any, dataloader: Any) -> BalancedStream:
-        stream, fills_images, self._order = install_stream(
-            trainer,
-            dataloader,
-            num_slots=self._num_slots,
-            cost_model=self._cost_model,
-            objective=self._objective,
-            caps=Caps(max_tokens=self._max_tokens, max_patches=self._max_patches),
-            balance=self._balance,
-            verify=self._verify,
-            steps_per_epoch=self._steps_per_epoch,
-            oversize=self._oversize,
-            window_steps=self._window_steps,
-            seed=self._seed,
-        )
-        if fills_images and not trainer.is_deepspeed_enabled:
-            self._image_parameters = image_parameters(trainer)
-        return stream
-
-    def _install(self, trainer: Any, dataloader: Any) -> BalancedBatchSampler:
-        if self.shapes is None:
+    def _install(self, trainer: Any, dataloader: Any) -> BalancedBatchSampler | BalancedStream:
+        settings: dict[str, Any] = {
+            "num_slots": self._num_slots,
+            "cost_model": self._cost_model,
+            "objective": self._objective,
+            "caps": Caps(max_tokens=self._max_tokens, max_patches=self._max_patches),
+            "balance": self._balance,
+            "verify": self._verify,
+            "steps_per_epoch": self._steps_per_epoch,
+            "oversize": self._oversize,
+            "window_steps": self._window_steps,
+            "seed": self._seed,
+        }
+        sampler: BalancedBatchSampler | BalancedStream
+        if is_stream(dataloader.dataset):
+            sampler, fills_images, self._order = install_stream(trainer, dataloader, **settings)
+        elif self.shapes is None:
             raise DatasetError("DflopCallback was given a stream, but the Trainer trains on a dataset with a length.")
-        if self._dataset is not None:
-            check_processor(trainer, self._dataset)
-        sampler, fills_images, self._order = install_sampler(
-            trainer,
-            dataloader,
-            self.shapes,
-            num_slots=self._num_slots,
-            cost_model=self._cost_model,
-            objective=self._objective,
-            caps=Caps(max_tokens=self._max_tokens, max_patches=self._max_patches),
-            balance=self._balance,
-            verify=self._verify,
-            steps_per_epoch=self._steps_per_epoch,
-            oversize=self._oversize,
-            window_steps=self._window_steps,
-            seed=self._seed,
-        )
+        else:
+            if self._dataset is not None:
+                check_processor(trainer, self._dataset)
+            sampler, fills_images, self._order = install_sampler(trainer, dataloader, self.shapes, **settings)
         if fills_images and not trainer.is_deepspeed_enabled:
             self._image_parameters = image_parameters(trainer)
         return sampler
