@@ -7,20 +7,23 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
+from datasets import Dataset, Image, List
 
 from tests.distributed.launch import ROOT
 
 pytestmark = pytest.mark.distributed
 
 
-def _launch(arguments: list[str], *, num_processes: int) -> str:
+def _launch(arguments: list[str], *, num_processes: int, hub: dict[str, str] | None = None) -> str:
     command = [
         sys.executable, "-m", "accelerate.commands.launch", *(["--multi_gpu"] if num_processes > 1 else ["--cpu"]),
         "--num_machines", "1", "--num_processes", str(num_processes), "--mixed_precision", "no",
         "--dynamo_backend", "no", "--main_process_ip", "127.0.0.1", "--main_process_port", "0",
         "recipes/finetune_vlm.py", *arguments,
     ]  # fmt: skip
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    offline = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    environment = (offline if hub is None else hub) | {"OMP_NUM_THREADS": "1"}
     finished = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200, check=False
     )
@@ -103,3 +106,40 @@ def test_a_resumed_run_begins_with_the_weights_of_its_checkpoint(ingredients: tu
     recipe = finetune_vlm.RecipeArguments(model=model, dataset=data, dtype="float32")
     resumed = dict(finetune_vlm.prepare(recipe, training).model.named_parameters())
     assert all(torch.equal(resumed[name], parameter) for name, parameter in trained.named_parameters())
+
+
+def test_the_shipped_config_trains_what_the_hub_has(ingredients: tuple[str, str], tmp_path: Path) -> None:
+    """Model and dataset by their ids, from a local server; a tiny LLaVA in the place of the model of that name."""
+    from io import BytesIO
+
+    from datasets import load_from_disk
+
+    from tests.unit.profile.hub import hub, hub_environment
+
+    model, data = ingredients
+    config = ROOT / "recipes/configs/onevision_cauldron.yaml"
+    named = yaml.safe_load(config.read_text())
+    turns = {"images": [], "texts": []}
+    for row in load_from_disk(data)["train"].with_format(None).cast_column("images", List(Image(decode=False))):
+        question, answer = (" ".join(part["text"] or "" for part in m["content"]).strip() for m in row["messages"])
+        turns["images"].append(row["images"])
+        turns["texts"].append([{"user": question, "assistant": answer, "source": "AI2D"}])
+    file = BytesIO()
+    Dataset.from_dict(turns).cast_column("images", List(Image())).to_parquet(file)
+    part = named["dataset_name"]
+    card = f"---\nconfigs:\n- config_name: {part}\n  data_files:\n  - split: train\n    path: {part}/train-*\n---\n"
+    files = {"README.md": card.encode(), f"{part}/train-00000-of-00001.parquet": file.getvalue()}
+    weights = {path.name: path.read_bytes() for path in Path(model).iterdir()}
+    with hub(named["dataset"], files, models={named["model"]: weights}) as (endpoint, asked):
+        output = _launch(
+            ["--config", str(config), "--use_cpu", "--bf16", "false", "--max_steps", "2",
+             "--gradient_accumulation_steps", "2", "--logging_steps", "1", "--warmup_steps", "0",
+             "--dataloader_num_workers", "0", "--output_dir", str(tmp_path / "out"), "--expect_processes", "2"],
+            num_processes=2,
+            hub=hub_environment(endpoint, tmp_path / "home"),
+        )  # fmt: skip
+    assert "20 samples" in output
+    assert "dflop/idle_s_rank1" in output
+    for kind, name in (("", named["model"]), ("/datasets", named["dataset"])):
+        assert any(f"GET {kind}/{name}/resolve/" in line for line in asked), asked[-20:]
+    assert (tmp_path / "out/model.safetensors").exists()

@@ -10,8 +10,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from statistics import median
 from typing import Any
 
+from recipes.benchmarks.balancing.clocks import median_clocks, seconds_and_waiting
 from recipes.benchmarks.balancing.model import ATTENTION, SIZES
 from recipes.benchmarks.balancing.settings import ARMS, MAX_TILES, MIXES, BalancingSettings
 from recipes.benchmarks.common.results import Row, make_result, rounded, save
@@ -24,6 +26,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m recipes.benchmarks.balancing", description=__doc__)
     parser.add_argument("--mixes", nargs="*", choices=list(MIXES), default=list(MIXES), help="default: all three")
     parser.add_argument("--rounds", type=int, default=BalancingSettings.num_rounds, help="default: %(default)s")
+    parser.add_argument(
+        "--repeats", type=int, default=BalancingSettings.num_repeats, help="runs of an arm in a round; %(default)s"
+    )
     parser.add_argument("--steps", type=int, default=BalancingSettings.num_steps, help="of a run; %(default)s")
     parser.add_argument("--arms", nargs="*", choices=[arm.name for arm in ARMS], default=None, help="default: all")
     parser.add_argument("--output-dir", type=Path, default=Path("out/benchmarks/balancing"), help="%(default)s")
@@ -39,6 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
             cache=given.cache.resolve(),
             mix=mix,
             num_rounds=given.rounds,
+            num_repeats=given.repeats,
             num_steps=given.steps,
         )
         _train(settings, given.arms)
@@ -82,19 +88,43 @@ def collect(folder: Path) -> Path:
         runs = [
             json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / mix / "runs").glob("*.json"))
         ]
-        arms = {arm.name for arm in ARMS}
-        for run in runs:
-            if {other["arm"] for other in runs if other["round"] == run["round"]} != arms:
-                continue  # a round that was interrupted
-            slots = run.pop("slots")
-            rows.append({"kind": "run", "mix": mix, **rounded(run)})
-            if run["sampler"] in ("stock", "hf_dflop") and run["round"] == 0:
-                rows.append({"kind": "slots", "mix": mix, "arm": run["arm"], "predicted_measured_s": slots})
+        for round_ in range(kept["num_rounds"]):
+            own = [run for run in runs if run["round"] == round_]
+            by_arm = {arm.name: [run for run in own if run["arm"] == arm.name] for arm in ARMS}
+            if any(len(repetitions) < kept["num_repeats"] for repetitions in by_arm.values()):
+                continue  # it was interrupted
+            for arm, repetitions in by_arm.items():
+                row, slots = _merged(repetitions)
+                rows.append({"kind": "run", "mix": mix, **rounded(row)})
+                if row["sampler"] in ("stock", "hf_dflop") and round_ == 0:
+                    rows.append({"kind": "slots", "mix": mix, "arm": arm, "predicted_measured_s": rounded(slots)})
     if not rows:
         raise SystemExit(f"no finished run in {folder}")
     settings |= {"model": SIZES, "attention": ATTENTION, "max_tiles": MAX_TILES}
-    command = f"python -m recipes.benchmarks.balancing --rounds {settings['num_rounds']}"
+    command = (
+        f"python -m recipes.benchmarks.balancing --rounds {settings['num_rounds']} "
+        f"--repeats {settings['num_repeats']} --steps {settings['num_steps']}"
+    )
     return save(make_result("balancing", rows, command=command, settings=settings))
+
+
+def _merged(repetitions: list[Row]) -> tuple[Row, list[list[float]]]:
+    """One row of the repetitions of a run, and (predicted, measured) seconds of its microbatches."""
+    row = {key: value for key, value in repetitions[0].items() if key not in ("repeat", "clocks", "predicted_s")}
+    clocks = median_clocks([run["clocks"] for run in repetitions])
+    row["seconds"], row["waiting"] = seconds_and_waiting(clocks)
+    row["busy_s"] = [sum(sum(step["slots"]) for step in steps) for steps in clocks]
+    row["data_s"] = [sum(step["data"] for step in steps) for steps in clocks]
+    for key in ("wall_s", "waiting_by_wall_clock"):
+        row[key] = median(run[key] for run in repetitions)
+    row["held_out_loss"] = next((r["held_out_loss"] for r in repetitions if r["held_out_loss"] is not None), None)
+    slots = [
+        [predicted, measured]
+        for steps, own in zip(repetitions[0]["predicted_s"], clocks, strict=True)
+        for step, clock in zip(steps, own, strict=True)
+        for predicted, measured in zip(step, clock["slots"], strict=False)
+    ]
+    return row, slots
 
 
 if __name__ == "__main__":

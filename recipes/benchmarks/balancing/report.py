@@ -8,10 +8,12 @@ from recipes.benchmarks.common.figures import COLORS, Figure
 from recipes.benchmarks.common.results import Result
 from recipes.benchmarks.common.tables import percent, spread, table
 
-__all__ = ["figures", "section"]
+__all__ = ["figures", "section", "summary"]
 
 _TARGETS = {"stock": 1.7, "best": 1.15, "waiting": 0.04}
 _OURS = ("hf_dflop", "hf_dflop+packed")
+_SUMMARY = ("stock", "group_by_length", "batch_rebalance", "hf_dflop", "hf_dflop+packed")
+"""What `Trainer` has, and ours."""
 
 
 def _runs(result: Result, mix: str) -> dict[str, list[dict[str, Any]]]:
@@ -70,6 +72,21 @@ def section(result: Result) -> str:
         ]  # fmt: skip
         parts.append(f"**{mix}** ({MIXES[mix]})\n\n{table(header, rows)}\n\n{_verdict(runs)}")
     return "\n\n".join(parts)
+
+
+def summary(result: Result) -> str:
+    """A small table of what `Trainer` has and ours, for the README."""
+    mixes = _mixes(result)
+    rows = []
+    for arm in _SUMMARY:
+        sampler, _, packed = arm.partition("+")
+        cells = [f"{SAMPLERS[sampler]}{', packed' if packed else ''}"]
+        for mix in mixes:
+            runs = _runs(result, mix)
+            cells.append(spread(_ratio(runs[arm], runs["stock"])) if arm != "stock" else "1")
+            cells.append(percent([run["waiting"] for run in runs[arm]]))
+        rows.append(cells)
+    return table(["samples/s ÷ stock; ranks wait", *(cell for mix in mixes for cell in (f"`{mix}`", ""))], rows)
 
 
 def _best_other(runs: dict[str, list[dict[str, Any]]], packed: bool | None) -> str:

@@ -43,11 +43,11 @@ SAMPLERS: dict[str, str] = {
 ARMS: list[Arm] = [Arm(sampler=sampler, packed=packed) for packed in (False, True) for sampler in SAMPLERS]
 
 
-def rotated(arms: list[Arm], round_: int, num_rounds: int) -> list[Arm]:
-    """The order of the arms in a round: begins elsewhere in each, and neighbours change with its parity."""
-    start = round_ * len(arms) // max(num_rounds, 1)
+def rotated(arms: list[Arm], turn: int, num_turns: int) -> list[Arm]:
+    """The order of the arms in a turn: begins elsewhere in each, and neighbours change with its parity."""
+    start = turn * len(arms) // max(num_turns, 1)
     order = arms[start:] + arms[:start]
-    return order if round_ % 2 == 0 else order[::-1]
+    return order if turn % 2 == 0 else order[::-1]
 
 
 @dataclass(kw_only=True)
@@ -62,6 +62,7 @@ class BalancingSettings:
     accumulation: int = 3
     num_steps: int = 2
     num_rounds: int = 2
+    num_repeats: int = 2
     num_calibration: int = 24
     num_eval_samples: int = 16
     seed: int = 7

@@ -1,8 +1,8 @@
 """Train under each sampler and collator in turn, in one invocation. Launched by the runner on every rank.
 
-Every arm starts from the same weights and sees the same samples of a round once; each round has samples of its own.
-Arms are interleaved, their order changes from round to round, and a finished run leaves a JSON behind that is not
-computed again after an interruption.
+Every arm starts from the same weights and sees the same samples of a round once; each round has samples of its own,
+and is repeated. Arms are interleaved, their order changes from turn to turn, and a finished run leaves a JSON behind
+that is not computed again after an interruption.
 """
 
 import argparse
@@ -25,6 +25,7 @@ from hf_dflop.cost import CostModel
 from hf_dflop.integrations.stock import StockSharding
 from hf_dflop.integrations.trace import read_trace
 from recipes import finetune_vlm
+from recipes.benchmarks.balancing.clocks import seconds_and_waiting
 from recipes.benchmarks.balancing.data import load_mix
 from recipes.benchmarks.balancing.model import build_bench_model
 from recipes.benchmarks.balancing.settings import ARMS, MAX_TILES, Arm, BalancingSettings, rotated
@@ -83,9 +84,8 @@ class CpuClock(TrainerCallback):
         self.steps.append(
             {
                 "data": edges[0] - self._previous,
-                "busy": edges[-1] - edges[0],
-                "optimizer": end - edges[-1],
                 "slots": [after - before for before, after in itertools.pairwise(edges)],
+                "optimizer": end - edges[-1],
             }
         )
         self._previous = time.process_time()
@@ -117,10 +117,15 @@ class OtherSamplerCallback(hf_dflop.DflopCallback):
 
 
 def run(
-    arm: Arm, round_: int, settings: BalancingSettings, ingredients: finetune_vlm.Ingredients, cost: CostModel
+    arm: Arm,
+    round_: int,
+    repeat: int,
+    settings: BalancingSettings,
+    ingredients: finetune_vlm.Ingredients,
+    cost: CostModel,
 ) -> dict[str, Any]:
     """One training run from the initial weights; returns what the page needs."""
-    folder = settings.output_dir / "runs" / f"{arm.name}-{round_}"
+    folder = settings.output_dir / "runs" / f"{arm.name}-{round_}-{repeat}"
     training = TrainingArguments(output_dir=str(folder), **settings.training_arguments(arm))
     set_seed(training.seed)
     model = copy.deepcopy(ingredients.model)
@@ -145,20 +150,17 @@ def run(
     ranks = read_trace(folder / "trace")
     clocks = gather_object([clock.steps])
     wall = max(steps[-1]["end_s"] for steps in ranks) - min(steps[0]["begin_s"] for steps in ranks)
-    seconds, waited = _by_cpu_clock(clocks)
     idle = [log for log in trainer.state.log_history if "dflop/idle_fraction" in log]
     tokens = sum(t for t, _ in counts)
-    held_out = _held_out_loss(model, ingredients) if round_ == 0 else None
+    held_out = _held_out_loss(model, ingredients) if round_ == repeat == 0 else None
     return {
         "arm": arm.name,
         "sampler": arm.sampler,
         "packed": arm.packed,
         "round": round_,
+        "repeat": repeat,
         "num_samples": len(ingredients.train),
-        "seconds": seconds,
-        "waiting": waited / seconds,
-        "busy_s": [sum(step["busy"] for step in steps) for steps in clocks],
-        "data_s": [sum(step["data"] for step in steps) for steps in clocks],
+        "clocks": clocks,
         "wall_s": wall,
         "tokens": tokens,
         "padding_share": 0.0 if arm.packed else 1 - tokens / sum(c for _, c in counts),
@@ -170,34 +172,13 @@ def run(
         "predicted_idle": _mean(trainer, "dflop/predicted_idle" if arm.sampler == "hf_dflop" else
                                 "dflop/predicted_idle_stock"),
         "scheduling_s": _mean(trainer, "dflop/scheduling_s"),
-        "slots": _slots(ranks, clocks),
+        "predicted_s": [[step.get("slot_predicted_s", []) for step in steps] for steps in ranks],
     }  # fmt: skip
 
 
 def _mean(trainer: Trainer, key: str) -> float | None:
     logs = [log[key] for log in trainer.state.log_history if key in log]
     return sum(logs) / len(logs) if logs else None
-
-
-def _by_cpu_clock(ranks: list[list[dict[str, Any]]]) -> tuple[float, float]:
-    """Seconds of the run, and seconds that the mean rank waited: ranks meet after fetching and after the backward."""
-    seconds = waited = 0.0
-    for steps in zip(*ranks, strict=True):
-        busy = [step["busy"] for step in steps]
-        rest = max(step["data"] for step in steps) + max(step["optimizer"] for step in steps)
-        seconds += max(busy) + rest
-        waited += max(busy) - sum(busy) / len(busy)
-    return seconds, waited
-
-
-def _slots(ranks: list[list[dict[str, Any]]], clocks: list[list[dict[str, Any]]]) -> list[list[float]]:
-    """(predicted, measured) seconds of each microbatch that has a prediction."""
-    return [
-        [round(predicted, 4), round(measured, 4)]
-        for steps, own in zip(ranks, clocks, strict=True)
-        for step, clock in zip(steps, own, strict=True)
-        for predicted, measured in zip(step.get("slot_predicted_s", []), clock["slots"], strict=False)
-    ]
 
 
 @torch.no_grad()
@@ -259,22 +240,23 @@ def main() -> None:
         calibrate(ingredients, settings.num_calibration, path, rank, clock=time.process_time)
     cost = CostModel.load(path)
     rows = ingredients.train
-    for round_ in range(settings.num_rounds):
+    turns = [(round_, repeat) for round_ in range(settings.num_rounds) for repeat in range(settings.num_repeats)]
+    for turn, (round_, repeat) in enumerate(turns):
         own = range(round_ * settings.num_samples, (round_ + 1) * settings.num_samples)
         ingredients.train = rows.select(own)
-        for arm in rotated(arms, round_, settings.num_rounds):
-            result_path = output / "runs" / f"{arm.name}-{round_}.json"
+        for arm in rotated(arms, turn, len(turns)):
+            result_path = output / "runs" / f"{arm.name}-{round_}-{repeat}.json"
             if all(gather_object([result_path.exists()])):
                 continue
             start = time.monotonic()
-            result = run(arm, round_, settings, ingredients, cost)
+            result = run(arm, round_, repeat, settings, ingredients, cost)
             if rank == 0:
                 write_whole(result_path, json.dumps(result))
+                seconds, waiting = seconds_and_waiting(result["clocks"])
                 print(
-                    f"[bench] {settings.mix}, round {round_ + 1} of {settings.num_rounds}, {arm.name}: "
-                    f"{result['num_samples'] / result['seconds']:.2f} samples/s, waiting "
-                    f"{result['waiting']:.1%}, padding {result['padding_share']:.0%} "
-                    f"({time.monotonic() - start:.1f} s)",
+                    f"[bench] {settings.mix}, run {turn + 1} of {len(turns)}, {arm.name}: "
+                    f"{result['num_samples'] / seconds:.2f} samples/s, waiting {waiting:.1%}, "
+                    f"padding {result['padding_share']:.0%} ({time.monotonic() - start:.1f} s)",
                     flush=True,
                 )
             torch.distributed.barrier()

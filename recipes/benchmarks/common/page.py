@@ -1,4 +1,4 @@
-"""The benchmark page: `docs/benchmarks.md` and its figures, from the newest result of every topic.
+"""The benchmark page, `docs/benchmarks.md` with its figures, and the table in the README, from the newest results.
 
 No number on the page comes from anywhere but the JSON. Topics that were not run are named as such.
 """
@@ -10,9 +10,11 @@ from typing import Any
 from recipes.benchmarks.common.figures import Figure, draw
 from recipes.benchmarks.common.results import BENCHMARKS, Result, latest
 
-__all__ = ["DOCS", "TOPICS", "page_figures", "page_text", "stored_results", "write_page"]
+__all__ = ["DOCS", "README", "TOPICS", "page_figures", "page_text", "readme_text", "stored_results", "write_page"]
 
-DOCS = Path(__file__).resolve().parents[3] / "docs"
+README = Path(__file__).resolve().parents[3] / "README.md"
+DOCS = README.parent / "docs"
+_BEGIN, _END = "<!-- from the benchmarks: begin -->", "<!-- end -->"
 
 TOPICS: dict[str, str] = {
     "balancing": "Balancing in training: do ranks finish together, and what is it worth?",
@@ -75,6 +77,23 @@ def page_text(results: dict[str, Result | None]) -> str:
     return "\n".join(parts)
 
 
+def readme_text(readme: str, results: dict[str, Result | None]) -> str:
+    """The README with its table of benchmarks made anew, between two comments.
+
+    Raises:
+        ValueError: the comments are not there.
+    """
+    if not 0 <= readme.find(_BEGIN) < readme.find(_END):
+        raise ValueError(f"the README must have the lines {_BEGIN!r} and {_END!r}; its table goes between them")
+    before, _, rest = readme.partition(_BEGIN)
+    result = results["balancing"]
+    if result is None:
+        return readme
+    said = f"Median (smallest–largest) of {result.settings['num_rounds']} rounds; {result.date}, {result.hardware}."
+    made = f"{_BEGIN}\n\n{_report('balancing').summary(result)}\n\n{said}\n\n{_END}"
+    return before + made + rest.partition(_END)[2]
+
+
 def page_figures(results: dict[str, Result | None]) -> list[Figure]:
     """All figures of the page."""
     return [figure for topic in TOPICS if (result := results.get(topic)) for figure in _report(topic).figures(result)]
@@ -86,12 +105,13 @@ def stored_results() -> dict[str, Result | None]:
     return results | {"prediction": results["balancing"]}
 
 
-def write_page(docs: Path = DOCS) -> list[Path]:
-    """Write the page and its figures; returns the files."""
+def write_page(docs: Path = DOCS, readme: Path = README) -> list[Path]:
+    """Write the page, its figures and its part of the README; returns the files."""
     results = stored_results()
     folder = docs / "benchmarks"
     folder.mkdir(parents=True, exist_ok=True)
     written = [draw(figure, folder) for figure in page_figures(results)]
     page = docs / "benchmarks.md"
     page.write_text(page_text(results), encoding="utf-8")
-    return [page, *written]
+    readme.write_text(readme_text(readme.read_text(encoding="utf-8"), results), encoding="utf-8")
+    return [page, readme, *written]

@@ -151,7 +151,7 @@ def photos(count: int, seed: int) -> Any:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m recipes.benchmarks.lengths", description=__doc__)
     parser.add_argument("--rows", type=int, default=128, help="of the documents (default: %(default)s)")
-    parser.add_argument("--photos", type=int, default=24, help="synthetic photos (default: %(default)s)")
+    parser.add_argument("--photos", type=int, default=144, help="synthetic photos (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
     parser.add_argument("--cache", type=Path, default=Path(".cache/demo"), help="downloads (default: %(default)s)")
     parser.add_argument("--no-save", action="store_true", help="do not write the result into the repository")

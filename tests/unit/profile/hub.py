@@ -1,13 +1,15 @@
-"""A small server that speaks as much of the Hub's API as `load_dataset` asks for; loopback only."""
+"""A small server that speaks as much of the Hub as `load_dataset` and `from_pretrained` ask for; loopback only."""
 
 import hashlib
 import json
+import os
 import re
 import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -16,13 +18,20 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @contextmanager
 def hub(
-    repo: str, files: dict[str, bytes], gated: str = "acme/gated", lost: frozenset[str] = frozenset()
+    repo: str,
+    files: dict[str, bytes],
+    gated: str = "acme/gated",
+    lost: frozenset[str] = frozenset(),
+    models: dict[str, dict[str, bytes]] | None = None,
 ) -> Iterator[tuple[str, list[str]]]:
-    """Serve one dataset repository; gives the endpoint and the list of requests, which grows.
+    """Serve one dataset repository, and models; gives the endpoint and the list of requests, which grows.
 
     The connection breaks in the middle of each file in `lost`, however often it is asked for.
     """
     asked: list[str] = []
+    # path of a repository's API, path of its files, what it holds
+    served = [(f"/api/datasets/{repo}", f"/datasets/{repo}", repo, files)]
+    served += [(f"/api/models/{name}", f"/{name}", name, held) for name, held in (models or {}).items()]
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -37,42 +46,41 @@ def hub(
             asked.append(f"{self.command} {path} {self.headers.get('Range', '')}".strip())
             if path.startswith((f"/api/datasets/{gated}", f"/datasets/{gated}")):
                 return self.say(403, b"{}", {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access is restricted"})
-            if match := re.fullmatch(rf"/datasets/{repo}/resolve/[^/]+/(.+)", path):
-                return self.file(match[1])
-            if not path.startswith(f"/api/datasets/{repo}"):
-                return self.say(404, b"{}", {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Not found"})
-            rest = path.removeprefix(f"/api/datasets/{repo}")
+            for api, root, name, held in served:
+                if match := re.fullmatch(rf"{root}/resolve/[^/]+/(.+)", path):
+                    return self.file(held, match[1])
+                if path.startswith(api):
+                    return self.tell(name, held, path.removeprefix(api), body)
+            return self.say(404, b"{}", {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Not found"})
+
+        def tell(self, name: str, held: dict[str, bytes], rest: str, body: str) -> None:
             if rest == "" or rest.startswith("/revision/"):
-                known = {"id": repo, "sha": COMMIT, "private": False, "gated": False, "disabled": False, "tags": []}
-                known |= {"downloads": 0, "likes": 0, "siblings": [{"rfilename": name} for name in files]}
+                known = {"id": name, "sha": COMMIT, "private": False, "gated": False, "disabled": False, "tags": []}
+                known |= {"downloads": 0, "likes": 0, "siblings": [{"rfilename": file} for file in held]}
                 return self.json(known)
             if match := re.fullmatch(r"/tree/[^/]+/?(.*)", rest):
-                return self.tree(match[1])
+                return self.tree(held, match[1])
             if rest.startswith("/paths-info/"):
                 wanted = re.findall(r"[\w./-]+", body)
-                return self.json([self.entry(name) for name in files if name in wanted])
+                return self.json([self.entry(held, file) for file in held if file in wanted])
             return self.say(404, b"{}", {"X-Error-Code": "EntryNotFound"})
 
-        def entry(self, name: str) -> dict[str, Any]:
-            return {
-                "type": "file",
-                "path": name,
-                "size": len(files[name]),
-                "oid": hashlib.sha1(files[name]).hexdigest(),
-            }
+        def entry(self, held: dict[str, bytes], name: str) -> dict[str, Any]:
+            oid = hashlib.sha1(held[name]).hexdigest()
+            return {"type": "file", "path": name, "size": len(held[name]), "oid": oid}
 
-        def tree(self, folder: str) -> None:
-            inside = [name for name in files if not folder or name.startswith(f"{folder}/")]
+        def tree(self, held: dict[str, bytes], folder: str) -> None:
+            inside = [name for name in held if not folder or name.startswith(f"{folder}/")]
             if not inside:
                 return self.say(404, b"{}", {"X-Error-Code": "EntryNotFound"})
             folders = sorted({name.rpartition("/")[0] for name in inside} - {"", folder})
             listed = [{"type": "directory", "path": name, "size": 0, "oid": "0" * 40} for name in folders]
-            return self.json(listed + [self.entry(name) for name in inside])
+            return self.json(listed + [self.entry(held, name) for name in inside])
 
-        def file(self, name: str) -> None:
-            if name not in files:
+        def file(self, held: dict[str, bytes], name: str) -> None:
+            if name not in held:
                 return self.say(404, b"", {"X-Error-Code": "EntryNotFound"})
-            content, status = files[name], 200
+            content, status = held[name], 200
             headers = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": COMMIT}
             headers["Accept-Ranges"] = "bytes"
             if match := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
@@ -107,3 +115,17 @@ def hub(
     finally:
         server.shutdown()
         server.server_close()
+
+
+def hub_environment(endpoint: str, home: Path) -> dict[str, str]:
+    """The environment of a process that takes this server for the Hub, with a cache of its own."""
+    away = ("HF_HUB_OFFLINE", "HF_TOKEN", "HF_DATASETS_OFFLINE")
+    return {k: v for k, v in os.environ.items() if k not in away} | {
+        "HF_ENDPOINT": endpoint,
+        "HF_HOME": str(home),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "no_proxy": "127.0.0.1",
+        "NO_PROXY": "127.0.0.1",
+        "PYTHONPATH": str(Path(__file__).parents[3]),
+    }

@@ -1,14 +1,13 @@
 """A dataset id of the Hub, end to end against a local server: downloaded, streamed, gated, missing, lost midway."""
 
 import json
-import os
 import subprocess
 import sys
 from io import BytesIO
 from pathlib import Path
 
 from hf_dflop.profile import profile_dataset
-from tests.unit.profile.hub import hub
+from tests.unit.profile.hub import hub, hub_environment
 from tests.unit.profile.test_dataset import make
 from tests.unit.rows import tiny
 
@@ -62,13 +61,9 @@ def test_a_dataset_of_the_hub(tmp_path: Path) -> None:
     # Without streaming, datasets downloads every split: the broken file is there in the second part alone.
     for part, lost in (("read", ()), ("lost", ("data/validation-00001-of-00002.parquet",))):
         with hub("acme/photos", files, lost=frozenset(lost)) as (endpoint, asked):
-            away = ("HF_HUB_OFFLINE", "HF_TOKEN", "HF_DATASETS_OFFLINE")
-            kept = {k: v for k, v in os.environ.items() if k not in away}
             done = subprocess.run(
                 [sys.executable, "-c", SCRIPT, part],
-                env={**kept, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / part), "HF_HUB_DISABLE_XET": "1",
-                     "HF_HUB_DISABLE_TELEMETRY": "1", "no_proxy": "127.0.0.1", "NO_PROXY": "127.0.0.1",
-                     "PYTHONPATH": str(Path(__file__).parents[3])},
+                env=hub_environment(endpoint, tmp_path / part),
                 capture_output=True, text=True, check=False, timeout=120,
             )  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:] + "\n".join(asked[-20:])

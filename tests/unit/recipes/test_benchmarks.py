@@ -7,9 +7,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from recipes.benchmarks.balancing.clocks import median_clocks, seconds_and_waiting
 from recipes.benchmarks.common.figures import digest_of
 from recipes.benchmarks.common.mixes import MIXES, draw_mix
-from recipes.benchmarks.common.page import DOCS, page_figures, page_text, stored_results, write_page
+from recipes.benchmarks.common.page import (
+    DOCS,
+    README,
+    page_figures,
+    page_text,
+    readme_text,
+    stored_results,
+    write_page,
+)
 from recipes.benchmarks.common.results import Result, load, make_result, save
 from recipes.benchmarks.common.samplers import SAMPLERS, SamplerInput
 from recipes.benchmarks.common.tables import spread, table
@@ -27,6 +36,8 @@ def test_the_page_is_what_the_stored_results_give() -> None:
     assert figures
     for figure in figures:
         assert digest_of(DOCS / "benchmarks" / f"{figure.name}.svg") == figure.digest, figure.name
+    readme = README.read_text(encoding="utf-8")
+    assert readme_text(readme, results) == readme
 
 
 def test_another_number_makes_another_page(tmp_path: Path) -> None:
@@ -41,10 +52,13 @@ def test_another_number_makes_another_page(tmp_path: Path) -> None:
 
 
 def test_the_page_is_written_whole(tmp_path: Path) -> None:
-    written = write_page(tmp_path)
+    readme = tmp_path / "README.md"
+    readme.write_text(README.read_text(encoding="utf-8").replace("Median", "Typed by hand:"), encoding="utf-8")
+    written = write_page(tmp_path, readme)
     assert written[0].read_text(encoding="utf-8") == page_text(stored_results())
-    assert {path.suffix for path in written[1:]} == {".svg"}
-    for path in written[1:]:
+    assert written[1].read_text(encoding="utf-8") == README.read_text(encoding="utf-8")
+    assert {path.suffix for path in written[2:]} == {".svg"}
+    for path in written[2:]:
         assert path.stat().st_size < 300_000
 
 
@@ -140,6 +154,21 @@ def test_chart_doc_has_the_published_moments() -> None:
     samples = draw_mix("chart_doc", 4000, 0)
     assert samples.tiles.mean() == pytest.approx(3.97, rel=0.03)
     assert samples.text_tokens.mean() == pytest.approx(125, rel=0.06)
+
+
+def test_a_disturbed_repetition_does_not_count() -> None:
+    def step(*slots: float) -> dict[str, object]:
+        return {"data": 0.5, "slots": list(slots), "optimizer": 0.25}
+
+    calm = [[step(1.0, 2.0)], [step(1.5, 1.0)]]
+    disturbed = [[step(4.0, 2.0)], [step(1.5, 9.0)]]
+    merged = median_clocks([calm, disturbed, calm])
+    assert merged == calm
+    seconds, waiting = seconds_and_waiting(merged)
+    assert seconds == 3.0 + 0.5 + 0.25
+    assert waiting == (3.0 - 2.75) / seconds
+    with pytest.raises(ValueError, match="zip"):
+        median_clocks([calm, calm[:1]])
 
 
 def test_partition_runs_on_what_is_installed() -> None:
