@@ -1,16 +1,19 @@
-"""The recipe under `accelerate launch`, on two processes, from a local model and dataset to a stock checkpoint."""
+"""The recipe under `accelerate launch`, on two processes, from a model and dataset of a Hub to a stock checkpoint."""
 
 import json
 import os
 import subprocess
 import sys
+from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
-from datasets import Dataset, Image, List
+from datasets import Dataset, Image, List, load_from_disk
 
 from tests.distributed.launch import ROOT
+from tests.unit.profile.hub import hub, hub_environment
 
 pytestmark = pytest.mark.distributed
 
@@ -43,19 +46,43 @@ def ingredients(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     return str(folder / "model"), str(folder / "data")
 
 
-def test_two_processes_train_evaluate_and_save(ingredients: tuple[str, str], tmp_path: Path) -> None:
+def _as_cauldron(rows: Dataset) -> bytes:
+    """Chats as a parquet file of columns `images` and `texts`."""
+    found: dict[str, list[Any]] = {"images": [], "texts": []}
+    for row in rows.cast_column("images", List(Image(decode=False))):
+        asked, answered = (" ".join(part["text"] or "" for part in m["content"]).strip() for m in row["messages"])
+        found["images"].append(row["images"])
+        found["texts"].append([{"user": asked, "assistant": answered, "source": "AI2D"}])
+    file = BytesIO()
+    Dataset.from_dict(found).cast_column("images", List(Image())).to_parquet(file)
+    return file.getvalue()
+
+
+def test_the_shipped_config_trains_on_two_processes_what_the_hub_has(
+    ingredients: tuple[str, str], tmp_path: Path
+) -> None:
+    """Model and dataset by their ids, from a local server; a tiny LLaVA in the place of the model of that name."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     model, data = ingredients
-    config = tmp_path / "config.yaml"
-    config.write_text(f"model: {model}\ndataset: {data}\nbalance: 'off'\nmax_steps: 9\nfreeze: [embeddings]\n")
-    output = _launch(
-        ["--config", str(config), "--balance", "on", "--eval_split", "test", "--use_cpu", "--max_steps", "3",
-         "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2", "--logging_steps", "1",
-         "--save_steps", "3", "--trace_dir", str(tmp_path / "trace"), "--output_dir", str(tmp_path / "out"),
-         "--report_to", "none", "--expect_processes", "2"],
-        num_processes=2,
-    )  # fmt: skip
+    config = ROOT / "recipes/configs/onevision_cauldron.yaml"
+    named = yaml.safe_load(config.read_text())
+    part = named["dataset_name"]
+    files = {f"{part}/{split}-0.parquet": _as_cauldron(rows) for split, rows in load_from_disk(data).items()}
+    splits = "".join(f"  - split: {split}\n    path: {part}/{split}-*\n" for split in ("train", "test"))
+    files["README.md"] = f"---\nconfigs:\n- config_name: {part}\n  data_files:\n{splits}---\n".encode()
+    weights = {path.name: path.read_bytes() for path in Path(model).iterdir()}
+    with hub(named["dataset"], files, models={named["model"]: weights}) as (endpoint, asked):
+        output = _launch(
+            ["--config", str(config), "--use_cpu", "--bf16", "false", "--freeze", "embeddings", "--eval_split", "test",
+             "--max_steps", "3", "--gradient_accumulation_steps", "2", "--logging_steps", "1", "--save_steps", "3",
+             "--learning_rate", "1e-3", "--warmup_steps", "0", "--dataloader_num_workers", "0",
+             "--trace_dir", str(tmp_path / "trace"), "--output_dir", str(tmp_path / "out"), "--expect_processes", "2"],
+            num_processes=2,
+            hub=hub_environment(endpoint, tmp_path / "home"),
+        )  # fmt: skip
+    for kind, name in (("", named["model"]), ("/datasets", named["dataset"])):
+        assert any(f"GET {kind}/{name}/resolve/" in line for line in asked), asked[-20:]
     assert "20 samples" in output
     history = json.loads((tmp_path / "out/checkpoint-3/trainer_state.json").read_text())["log_history"]
     assert [log["step"] for log in history if "dflop/idle_s_rank1" in log] == [1, 2, 3]
@@ -106,40 +133,3 @@ def test_a_resumed_run_begins_with_the_weights_of_its_checkpoint(ingredients: tu
     recipe = finetune_vlm.RecipeArguments(model=model, dataset=data, dtype="float32")
     resumed = dict(finetune_vlm.prepare(recipe, training).model.named_parameters())
     assert all(torch.equal(resumed[name], parameter) for name, parameter in trained.named_parameters())
-
-
-def test_the_shipped_config_trains_what_the_hub_has(ingredients: tuple[str, str], tmp_path: Path) -> None:
-    """Model and dataset by their ids, from a local server; a tiny LLaVA in the place of the model of that name."""
-    from io import BytesIO
-
-    from datasets import load_from_disk
-
-    from tests.unit.profile.hub import hub, hub_environment
-
-    model, data = ingredients
-    config = ROOT / "recipes/configs/onevision_cauldron.yaml"
-    named = yaml.safe_load(config.read_text())
-    turns = {"images": [], "texts": []}
-    for row in load_from_disk(data)["train"].with_format(None).cast_column("images", List(Image(decode=False))):
-        question, answer = (" ".join(part["text"] or "" for part in m["content"]).strip() for m in row["messages"])
-        turns["images"].append(row["images"])
-        turns["texts"].append([{"user": question, "assistant": answer, "source": "AI2D"}])
-    file = BytesIO()
-    Dataset.from_dict(turns).cast_column("images", List(Image())).to_parquet(file)
-    part = named["dataset_name"]
-    card = f"---\nconfigs:\n- config_name: {part}\n  data_files:\n  - split: train\n    path: {part}/train-*\n---\n"
-    files = {"README.md": card.encode(), f"{part}/train-00000-of-00001.parquet": file.getvalue()}
-    weights = {path.name: path.read_bytes() for path in Path(model).iterdir()}
-    with hub(named["dataset"], files, models={named["model"]: weights}) as (endpoint, asked):
-        output = _launch(
-            ["--config", str(config), "--use_cpu", "--bf16", "false", "--max_steps", "2",
-             "--gradient_accumulation_steps", "2", "--logging_steps", "1", "--warmup_steps", "0",
-             "--dataloader_num_workers", "0", "--output_dir", str(tmp_path / "out"), "--expect_processes", "2"],
-            num_processes=2,
-            hub=hub_environment(endpoint, tmp_path / "home"),
-        )  # fmt: skip
-    assert "20 samples" in output
-    assert "dflop/idle_s_rank1" in output
-    for kind, name in (("", named["model"]), ("/datasets", named["dataset"])):
-        assert any(f"GET {kind}/{name}/resolve/" in line for line in asked), asked[-20:]
-    assert (tmp_path / "out/model.safetensors").exists()

@@ -104,7 +104,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--no-save", action="store_true", help="do not write the result into the repository")
     given = parser.parse_args(arguments)
     rows = measure(RANKS, given.samples, given.seeds, VISION_SHARES)
-    rows += scheduling((64, 256, 1024, 4096, 16384, 32768), repeats=3)
+    rows += scheduling((64, 256, 1024, 4096, 16384), repeats=3)
     if not given.no_save:
         result = make_result(
             "scale",
