@@ -8,7 +8,7 @@ from recipes.benchmarks.common.figures import COLORS, Figure
 from recipes.benchmarks.common.results import Result
 from recipes.benchmarks.common.tables import percent, spread, table
 
-__all__ = ["figures", "section"]
+__all__ = ["figures", "paint_arms", "section"]
 
 _TARGETS = {"stock": 1.7, "best": 1.15, "waiting": 0.04}
 _OURS = ("hf_dflop", "hf_dflop+packed")
@@ -145,13 +145,14 @@ def figures(result: Result) -> list[Figure]:
             name="balancing",
             alt="Samples per second relative to the stock sampler, and waiting, of every sampler padded and packed",
             data=data,
-            paint=_paint,
+            paint=paint_arms,
             size=(10.0, 3.6),
         )
     ]
 
 
-def _paint(canvas: Any, data: dict[str, dict[str, dict[str, list[float]]]]) -> None:
+def paint_arms(canvas: Any, data: dict[str, dict[str, dict[str, list[float]]]]) -> None:
+    """Bars of mix -> arm -> `ratio` and `idle`, by round."""
     panels = canvas.subplots(1, len(data), sharey=True, squeeze=False)[0]
     order = list(SAMPLERS)
     for axes, (mix, arms) in zip(panels, data.items(), strict=True):
