@@ -115,11 +115,13 @@ def _settings(given: argparse.Namespace, device: str) -> GpuSettings:
 def measure(settings: GpuSettings, folder: Path, parts: list[str], mixes: list[str]) -> None:
     """Run what is not there yet; the replay needs the curves, and has them measured."""
     from hf_dflop.cost import CostModel
+    from hf_dflop.errors import ModelError
     from recipes.benchmarks.gpu.curves import measure_curves
     from recipes.benchmarks.gpu.engine import compare_engines
     from recipes.benchmarks.gpu.model import build_model
     from recipes.benchmarks.gpu.replay import replay
 
+    absent: dict[str, str] = _read(folder / "absent.json", {})
     if "curves" in parts or "replay" in parts:
         begin = time.monotonic()
         profile = measure_curves(settings, folder / "profile.json")
@@ -127,15 +129,20 @@ def measure(settings: GpuSettings, folder: Path, parts: list[str], mixes: list[s
     model = build_model(settings) if {"replay", "engine"} & set(parts) else None
     if "replay" in parts:
         begin = time.monotonic()
-        _, notes = replay(settings, model, CostModel.from_profile(profile), mixes, folder / "replay.json")
-        write_whole(folder / "notes.json", json.dumps(notes))
+        absent |= replay(settings, model, CostModel.from_profile(profile), mixes, folder / "replay.json")
         print(f"[bench] gpu: replay in {time.monotonic() - begin:.0f} s", flush=True)
     path = folder / "engine.json"
     if "engine" in parts and not path.exists():
         begin = time.monotonic()
-        rows = compare_engines(settings, model)
-        write_whole(path, json.dumps(rows))
+        try:
+            write_whole(path, json.dumps(compare_engines(settings, model)))
+            absent.pop("engine", None)
+        except ModelError as error:  # the models of an older transformers cannot be entered behind their encoder
+            absent["engine"] = str(error)
         print(f"[bench] gpu: engine in {time.monotonic() - begin:.0f} s", flush=True)
+    for what, why in absent.items():
+        print(f"[bench] gpu: {what} is left out: {why}", flush=True)
+    write_whole(folder / "absent.json", json.dumps(absent))
 
 
 def collect(settings: GpuSettings, folder: Path) -> Result:
@@ -146,23 +153,27 @@ def collect(settings: GpuSettings, folder: Path) -> Result:
     rows: list[Row] = []
     if (folder / "profile.json").exists():
         rows += module_rows(ModelProfile.load(folder / "profile.json"))
-    notes: list[str] = _read(folder / "notes.json")
-    runs = _read(folder / "replay.json")
-    left_out = {note.split(" ", 1)[0] for note in notes}
-    wanted = {arm.name for arm in ARMS if arm.sampler not in left_out}
+    absent: dict[str, str] = _read(folder / "absent.json", {})
+    runs: list[Row] = _read(folder / "replay.json", [])
+    wanted = {arm.name for arm in ARMS if arm.sampler not in absent}
     for run in runs:
         beside = {other["arm"] for other in runs if (other["mix"], other["round"]) == (run["mix"], run["round"])}
         if wanted <= beside:
             rows.append(run)
-    rows += _read(folder / "engine.json")
+    rows += _read(folder / "engine.json", [])
     told = {entry.name: getattr(settings, entry.name) for entry in fields(settings) if entry.name not in _NOT_TOLD}
     return make_result(
-        "gpu", rows, command="python -m recipes.benchmarks.gpu", settings=told, notes=notes, gpu=settings.device_name
+        "gpu",
+        rows,
+        command="python -m recipes.benchmarks.gpu",
+        settings=told,
+        notes=[f"{what} is left out: {why.rstrip('.')}" for what, why in absent.items()],
+        gpu=settings.device_name,
     )
 
 
-def _read(path: Path) -> list[Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+def _read(path: Path, otherwise: Any) -> Any:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else otherwise
 
 
 if __name__ == "__main__":

@@ -155,18 +155,16 @@ def _flat(groups: list[list[list[list[int]]]]) -> Iterable[list[list[int]]]:
     return (slots for ranks in groups for slots in ranks)
 
 
-def replay(
-    settings: GpuSettings, model: Any, cost: CostModel, mixes: Iterable[str], path: Path
-) -> tuple[list[Row], list[str]]:
-    """Every arm of every mix; what stands in `path` is not run again.
+def replay(settings: GpuSettings, model: Any, cost: CostModel, mixes: Iterable[str], path: Path) -> dict[str, str]:
+    """Run every arm of every mix; rows are kept in `path`, and what stands there is not run again.
 
     Returns:
-        `tuple[list[Row], list[str]]`: the rows, and the arms that could not be dealt, with the reason.
+        `dict[str, str]`: samplers that could not deal, and why.
     """
     rows: list[Row] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     done = {(row["mix"], row["round"], row["arm"]) for row in rows}
     runner = Replay(settings, model, cost)
-    notes: list[str] = []
+    absent: dict[str, str] = {}
     for round_ in range(settings.num_rounds):
         for mix in mixes:
             epoch = draw_epoch(mix, settings, round_, cost)
@@ -177,12 +175,12 @@ def replay(
                 try:
                     run = runner.run(epoch, arm)
                 except ImportError as error:  # a sampler that this transformers does not have
-                    notes.append(f"{arm.sampler} is left out: {error}")
+                    absent[arm.sampler] = str(error)
                     continue
                 rows.append(rounded({"kind": "replay", "mix": mix, "round": round_, **run}))
                 write_whole(path, json.dumps(rows))
                 _say(settings, rows[-1], time.monotonic() - begin)
-    return rows, notes
+    return absent
 
 
 def _say(settings: GpuSettings, row: Row, took_s: float) -> None:
