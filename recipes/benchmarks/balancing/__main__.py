@@ -12,9 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from recipes.benchmarks.balancing.model import SIZES
+from recipes.benchmarks.balancing.model import ATTENTION, SIZES
 from recipes.benchmarks.balancing.settings import ARMS, MAX_TILES, MIXES, BalancingSettings
-from recipes.benchmarks.common.attention import ATTENTION
 from recipes.benchmarks.common.results import Row, make_result, rounded, save
 from recipes.demo.processes import process_environment
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from recipes.benchmarks.common.attention import register_attention
+from recipes.benchmarks.common.attention import ATTENTION, register_attention
 
-__all__ = ["SIZES", "build_bench_model"]
+__all__ = ["ATTENTION", "SIZES", "build_bench_model"]
 
 SIZES: dict[str, int] = {
     "vision_width": 128,

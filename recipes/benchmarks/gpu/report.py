@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from recipes.benchmarks.balancing.report import paint_arms
+from recipes.benchmarks.balancing.paint import paint_arms
 from recipes.benchmarks.balancing.settings import SAMPLERS
 from recipes.benchmarks.common.figures import COLORS, Figure
 from recipes.benchmarks.common.results import Result, Row
