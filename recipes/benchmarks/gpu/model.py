@@ -168,7 +168,8 @@ class MicrobatchMaker:
 
     def _random_tiles(self, count: int) -> torch.Tensor:
         side = _WIDTHS[self._settings.is_tiny]["vision"]["image_size"]
-        return torch.randn((count, 3, side, side), device=self._device, dtype=self._dtype)
+        generator = torch.Generator(self._device).manual_seed(self._settings.seed)
+        return torch.randn((count, 3, side, side), device=self._device, dtype=self._dtype, generator=generator)
 
     def _to(self, value: Any) -> Any:
         return value.to(self._device) if isinstance(value, torch.Tensor) else value

@@ -1,8 +1,8 @@
 """What the GPU topic runs: parts and sizes.
 
-Sizes are one seventh of a published pair, so that a step takes as long beside another as in the whole: an encoder with
-4 of the 27 layers of SigLIP2 so400m (patches of 16, pictures of 512: 1,024 patches a tile), an LLM with 4 of the 28
-layers of Qwen2.5-7B, and a seventh of its vocabulary, so that head and layers keep their proportion.
+Depths are one fourteenth of a published pair, so that modules keep their proportions: an encoder with 2 of the 27
+layers of SigLIP2 so400m (patches of 16, pictures of 512: 1,024 patches a tile), an LLM with 2 of the 28 layers of
+Qwen2.5-7B, and a fourteenth of its vocabulary.
 """
 
 import json
@@ -41,21 +41,21 @@ class GpuSettings:
     """Of the LLM. The curves are measured with `sdpa`, which is the same on whole rows."""
     is_tiny: bool = False
     """Narrow modules that show that the code runs, and nothing else; never saved as a result."""
-    vision_layers: int = 4
-    llm_layers: int = 4
-    vocab_size: int = 21_760
+    vision_layers: int = 2
+    llm_layers: int = 2
+    vocab_size: int = 10_880
     num_ranks: int = 8
     num_slots: int = 3
     num_steps: int = 2
     num_rounds: int = 2
     num_repeats: int = 2
     """Times that a rank's step is run; the shortest seconds of each microbatch are kept: the first run warms up."""
-    batch_sizes: dict[str, int] = field(default_factory=lambda: {"onevision": 3, "chart_doc": 5})
+    batch_sizes: dict[str, int] = field(default_factory=lambda: {"onevision": 2, "chart_doc": 4})
     """Samples of a stock microbatch, by mix."""
-    max_tiles: dict[str, int] = field(default_factory=lambda: {"onevision": 16, "chart_doc": 5})
-    """Most tiles of a sample, so that the dearest microbatch of any arm fits 80 GB."""
+    max_tiles: dict[str, int] = field(default_factory=lambda: {"onevision": 32, "chart_doc": 5})
+    """Most tiles of a sample; these are the most that the mixes have."""
     max_tokens: int = 16_384
-    max_patches: int = 32_768
+    max_patches: int = 65_536
     """Largest microbatches that the curves are measured on."""
     curve_points: int = 10
     curve_held_out: int = 12
@@ -87,12 +87,13 @@ def tiny(settings: GpuSettings) -> GpuSettings:
         num_slots=2,
         num_steps=1,
         num_rounds=1,
+        num_repeats=1,
         batch_sizes=dict.fromkeys(MIX_NAMES, 2),
         max_tiles=dict.fromkeys(MIX_NAMES, 3),
         max_tokens=256,
         max_patches=256,
         curve_points=4,
-        curve_held_out=2,
+        curve_held_out=1,
         curve_budget_s=0.1,
         engine_microbatches=3,
         engine_tiles=1,

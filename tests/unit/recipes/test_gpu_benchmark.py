@@ -27,11 +27,36 @@ ABSENT = ("datasets", "evaluate", "imagesize", "trl")
 """Packages that a bare GPU machine lacks."""
 
 
+_BARE = f"""
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {ABSENT!r}:
+            raise ImportError(name + " is absent")
+
+sys.meta_path.insert(0, Absent())
+from recipes.benchmarks.gpu import report
+from recipes.benchmarks.gpu.__main__ import main
+main(["--device", "cpu", "--tiny", "--output-dir", sys.argv[1]])
+"""
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
-    """The output folder of a tiny run, and the result it would have saved."""
+    """The output folder of a tiny run in a process without the packages that are absent on a bare GPU machine, and the
+    result that it would have saved."""
     folder = tmp_path_factory.mktemp("gpu")
-    runner.main(["--device", "cpu", "--tiny", "--output-dir", str(folder)])
+    run = subprocess.run(
+        [sys.executable, "-c", _BARE, str(folder)],
+        check=False,
+        timeout=280,
+        cwd=Path(__file__).parents[3],
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert "not saved as a result" in run.stdout
     return folder, runner.collect(GpuSettings.load(folder / "settings.json"), folder)
 
 
@@ -88,25 +113,11 @@ def test_what_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys
     assert "left out, torch sees no CUDA device" in capsys.readouterr().out
 
 
-def test_the_runner_needs_no_package_that_a_bare_gpu_machine_lacks() -> None:
-    code = f"""
-import sys
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {ABSENT!r}:
-            raise ImportError(name + " is absent")
-sys.meta_path.insert(0, Absent())
-import recipes.benchmarks.gpu.__main__
-from recipes.benchmarks.gpu import curves, engine, model, replay, report
-"""
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120, cwd=Path(__file__).parents[3])
-
-
 @pytest.mark.parametrize("attention", ["sdpa", "sdpa_by_sample"])
 def test_padded_and_packed_microbatches_are_the_same_training(attention: str) -> None:
     settings = replace(TINY, dtype="float64", attention=attention)
-    model = build_model(settings)
     shapes = replay_shapes("onevision", settings, 0)
+    model = build_model(settings)
     group = np.argsort(-shapes.image_tiles)[:3].tolist()
     divisor = torch.tensor(int(shapes.label_tokens[group].sum()))
     found = []
@@ -118,11 +129,12 @@ def test_padded_and_packed_microbatches_are_the_same_training(attention: str) ->
         loss = model(**batch, num_items_in_batch=divisor).loss
         (grad,) = torch.autograd.grad(loss, [model.lm_head.weight])
         found.append((loss, grad))
-    torch.testing.assert_close(found[0], found[1], rtol=1e-10, atol=1e-12)
+    # transformers takes the logits to float32 for the loss
+    torch.testing.assert_close(found[0], found[1], rtol=2e-6, atol=1e-9)
 
 
 def test_attention_sample_by_sample_is_the_masked_one() -> None:
-    """On the same packed row; and the row's lengths matter, so that it is not plain attention over all of it."""
+    """On the same packed row; and where samples begin matters: this is not plain attention over all of the row."""
     shapes = replay_shapes("chart_doc", TINY, 0)
     losses: dict[str, float] = {}
     for attention in ("sdpa", "sdpa_by_sample"):
