@@ -136,7 +136,7 @@ class MicrobatchMaker:
     def __call__(self, shapes: Shapes, group: Sequence[int], *, packed: bool) -> dict[str, Any]:
         """The inputs of one microbatch; its tiles are the first of a pool, alike in every microbatch."""
         picked = shapes.select(group)
-        rows = [(int(n), int(m), int(k)) for n, m, k in zip(*self._counts(picked), strict=True)]
+        rows: list[Any] = [tuple(map(int, counts)) for counts in zip(*self._counts(picked), strict=True)]
         batch: dict[str, Any] = self._packer(rows) if packed else self._padded(rows)
         batch = {key: self._to(value) for key, value in batch.items()}
         if len(batch["input_ids"]) == 1:  # stays on the host: attention reads it without waiting for the device
