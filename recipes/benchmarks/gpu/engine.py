@@ -8,6 +8,7 @@ In: settings, the model. Out: rows of kind `engine`.
 Raises `RuntimeError` where losses or gradients of the arms differ.
 """
 
+import os
 import time
 from collections.abc import Callable
 from functools import partial
@@ -97,6 +98,8 @@ def compare_engines(settings: GpuSettings, model: Any) -> list[Row]:
     """Time the arms in turn; the process group of one process exists while it runs."""
     on_gpu = torch.device(settings.device).type == "cuda"
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+    for library in ("GLOO", "NCCL"):
+        os.environ.setdefault(f"{library}_SOCKET_IFNAME", "lo")  # one process: the host's name need not resolve
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
         return _compare(settings, model)

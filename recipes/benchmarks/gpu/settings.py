@@ -50,7 +50,7 @@ class GpuSettings:
     num_rounds: int = 2
     num_repeats: int = 2
     """Times that a rank's step is run; the shortest seconds of each microbatch are kept: the first run warms up."""
-    batch_sizes: dict[str, int] = field(default_factory=lambda: {"onevision": 2, "chart_doc": 4})
+    batch_sizes: dict[str, int] = field(default_factory=lambda: {"onevision": 2, "chart_doc": 3})
     """Samples of a stock microbatch, by mix."""
     max_tiles: dict[str, int] = field(default_factory=lambda: {"onevision": 32, "chart_doc": 5})
     """Most tiles of a sample; these are the most that the mixes have."""
@@ -59,7 +59,7 @@ class GpuSettings:
     """Largest microbatches that the curves are measured on."""
     curve_points: int = 10
     curve_held_out: int = 12
-    curve_budget_s: float = 12.0
+    curve_budget_s: float = 10.0
     engine_microbatches: int = 8
     engine_samples: int = 2
     engine_tiles: int = 3
