@@ -4,7 +4,15 @@ import argparse
 import time
 from importlib import import_module
 
-RUNNABLE = ("balancing", "partition", "lengths", "scale", "planner", "pipeline")
+RUNNABLE = ("balancing", "partition", "lengths", "scale", "planner", "pipeline", "gpu")
+_KEEPING = ("balancing", "pipeline", "gpu")
+"""Topics that go on with what an earlier run left, unless told not to."""
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return bool(torch.cuda.is_available())
 
 
 def main() -> None:
@@ -25,10 +33,11 @@ def main() -> None:
         if unknown:
             parser.error(f"unknown topic {', '.join(sorted(unknown))}; choose from {', '.join(RUNNABLE)}")
         for topic in given.topics or RUNNABLE:
+            if topic == "gpu" and not _has_gpu():
+                print("[bench] gpu: left out, torch sees no CUDA device here", flush=True)
+                continue
             begin = time.monotonic()
-            import_module(f"recipes.benchmarks.{topic}.__main__").main(
-                ["--fresh"] if topic in ("balancing", "pipeline") else []
-            )
+            import_module(f"recipes.benchmarks.{topic}.__main__").main(["--fresh"] if topic in _KEEPING else [])
             print(f"[bench] {topic}: {(time.monotonic() - begin) / 60:.1f} minutes", flush=True)
     from recipes.benchmarks.common.page import write_page
 

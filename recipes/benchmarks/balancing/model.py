@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
+from recipes.benchmarks.common.attention import ATTENTION, register_attention
+
 __all__ = ["ATTENTION", "SIZES", "build_bench_model"]
 
-ATTENTION = "sdpa_by_sample"
 SIZES: dict[str, int] = {
     "vision_width": 128,
     "vision_layers": 5,
@@ -67,40 +68,5 @@ def build_bench_model(cache: Path, max_tiles: int, seed: int = 0) -> tuple[Any, 
     )
     torch.manual_seed(seed)
     model = AyaVisionForConditionalGeneration(model_config).float()
-    _register()
-    model.model.language_model.config._attn_implementation = ATTENTION
+    model.model.language_model.config._attn_implementation = register_attention()
     return model, processor
-
-
-def _register() -> None:
-    from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-
-    AttentionInterface.register(ATTENTION, _attend)
-    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
-
-
-def _attend(
-    module: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """SDPA; a row whose positions restart is cut there, and each sample attends alone."""
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    positions = kwargs.get("position_ids")
-    starts = [0]
-    if query.shape[0] == 1 and positions is not None and positions.shape[-1] == query.shape[2]:
-        starts = (positions.reshape(-1) == 0).nonzero().flatten().tolist() or [0]
-    if len(starts) == 1:
-        output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-        return output, None
-    ends = [*starts[1:], query.shape[2]]
-    parts = [
-        sdpa_attention_forward(module, query[:, :, b:e], key[:, :, b:e], value[:, :, b:e], None, **kwargs)[0]
-        for b, e in zip(starts, ends, strict=True)
-    ]
-    return torch.cat(parts, dim=1), None

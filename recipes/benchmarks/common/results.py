@@ -71,9 +71,9 @@ def versions(extra: Sequence[str] = ()) -> dict[str, str]:
     return found
 
 
-def hardware() -> str:
-    """The machine in words."""
-    return f"{os.cpu_count()} CPU cores ({platform.machine()}, {_cpu_model()}), no GPU used"
+def hardware(gpu: str = "no GPU used") -> str:
+    """The machine in words, with the GPU that was used."""
+    return f"{os.cpu_count()} CPU cores ({platform.machine()}, {_cpu_model()}), {gpu}"
 
 
 def _cpu_model() -> str:
@@ -92,13 +92,14 @@ def make_result(
     settings: dict[str, Any],
     notes: Sequence[str] = (),
     packages: Sequence[str] = (),
+    gpu: str = "no GPU used",
 ) -> Result:
-    """A result of today on this machine."""
+    """A result of today on this machine; `gpu` names the GPU, if one was used."""
     return Result(
         topic=topic,
         date=datetime.date.today().isoformat(),
         command=command,
-        hardware=hardware(),
+        hardware=hardware(gpu),
         versions=versions(packages),
         settings=settings,
         rows=rows,

@@ -21,7 +21,7 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 
 from hf_dflop.cost import CostModel
 from hf_dflop.pipeline import MicrobatchShape, PipelineModel, PipelineTrace, StepBatch, StepShape
-from hf_dflop.pipeline.features import FeatureFormat, read_format
+from hf_dflop.pipeline.features import read_format
 from hf_dflop.pipeline.split import build_part
 from hf_dflop.pipeline.structure import read_structure
 from hf_dflop.plan.actions import Order
@@ -33,41 +33,13 @@ from recipes.benchmarks.common.results import Row
 from recipes.benchmarks.pipeline.costs import Links
 from recipes.benchmarks.pipeline.ingredients import Ingredients, say, slowest
 from recipes.benchmarks.pipeline.settings import ENGINE_ARMS, PADDING_ARMS, make_plan
+from recipes.benchmarks.pipeline.torch_stages import TorchLlm, TorchVision
 
 __all__ = ["compare_engines", "compare_padding"]
 
 LOSS_TOLERANCE = 1e-4
 Run = Callable[[], float]
 """Forward and backward of a step; gives its loss on every process, or NaN where only the last one knows it."""
-
-
-class TorchVision(nn.Module):
-    """Stage 0 for torch's engine: tiles -> rows of features."""
-
-    def __init__(self, part: Any, form: FeatureFormat) -> None:
-        super().__init__()
-        self.part, self.form = part, form
-
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        rows: torch.Tensor = self.part({"pixel_values": pixel_values}, None, self.form)
-        return rows.clone() if rows._is_view() else rows
-
-
-class TorchLlm(nn.Module):
-    """Stage 1 for torch's engine; only the first `num_features` rows are of real tiles."""
-
-    def __init__(self, part: Any, form: FeatureFormat) -> None:
-        super().__init__()
-        self.part, self.form = part, form
-
-    def forward(self, features: torch.Tensor, num_features: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
-        count = int(num_features[0])
-        divisor = inputs.pop("divisor")[0]
-        received = features[:count] if count else None
-        loss = self.part(inputs, received, self.form, divisor).loss
-        if not count:
-            loss = loss + (0.0 * features).sum()  # torch wants a gradient of every input, and a contiguous one
-        return loss.unsqueeze(0)
 
 
 class TorchPipeline:

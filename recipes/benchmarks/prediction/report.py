@@ -9,7 +9,7 @@ from recipes.benchmarks.common.figures import COLORS, Figure
 from recipes.benchmarks.common.results import Result
 from recipes.benchmarks.common.tables import percent, table
 
-__all__ = ["figures", "section"]
+__all__ = ["figures", "paint_points", "section"]
 
 
 def section(result: Result) -> str:
@@ -51,10 +51,11 @@ def figures(result: Result) -> list[Figure]:
         data[row["mix"]][row["arm"]] = row["predicted_measured_s"]
     data = {mix: arms for mix, arms in data.items() if arms}
     alt = "Measured against predicted seconds of microbatches, by mix"
-    return [Figure(name="prediction", alt=alt, data=data, paint=_paint, size=(9.0, 3.2))]
+    return [Figure(name="prediction", alt=alt, data=data, paint=paint_points, size=(9.0, 3.2))]
 
 
-def _paint(canvas: Any, data: dict[str, dict[str, list[list[float]]]]) -> None:
+def paint_points(canvas: Any, data: dict[str, dict[str, list[list[float]]]]) -> None:
+    """Measured against predicted seconds of mix -> arm -> (predicted, measured)."""
     panels = canvas.subplots(1, len(data), squeeze=False)[0]
     colors = {
         "stock": COLORS["light"], "stock+packed": COLORS["other"], "hf_dflop": COLORS["second"],

@@ -10,7 +10,6 @@ from hf_dflop.pipeline.features import read_format
 from hf_dflop.pipeline.split import build_part
 from hf_dflop.pipeline.structure import read_structure
 from recipes.benchmarks.common.results import Result, make_result
-from recipes.benchmarks.pipeline.engines import TorchLlm, TorchVision
 from recipes.benchmarks.pipeline.report import figures, section
 from recipes.benchmarks.pipeline.settings import (
     ENGINE_ARMS,
@@ -20,6 +19,7 @@ from recipes.benchmarks.pipeline.settings import (
     PipelineSettings,
     make_plan,
 )
+from recipes.benchmarks.pipeline.torch_stages import TorchLlm, TorchVision
 from tests.distributed import pipelines as p
 
 MEASURED = {"a, stock": (2.0, 2.2), "a, balanced": (1.0, 1.0), "b, stock": (2.1, 2.1)}
