@@ -30,8 +30,9 @@ def paint_arms(canvas: Any, data: dict[str, dict[str, dict[str, list[float]]]]) 
                 color = COLORS["ours"] if own else COLORS["second"] if packed else COLORS["other"]
                 axes.barh(y, value, height=0.36, color=color, alpha=1.0 if packed or not own else 0.6)
                 axes.plot([min(arm["ratio"]), max(arm["ratio"])], [y, y], color=COLORS["dark"], linewidth=1)
-                axes.text(
-                    max(*arm["ratio"], value), y, f" waits {100 * median(arm['idle']):.0f} %", va="center", fontsize=7
+                waits = f"waits {100 * median(arm['idle']):.0f} %"
+                axes.annotate(
+                    waits, (max(*arm["ratio"], value), y), (4, 0), textcoords="offset points", va="center", fontsize=7
                 )
         axes.axvline(1, color=COLORS["dark"], linewidth=0.8, linestyle=":")
         axes.set_xlim(right=axes.get_xlim()[1] * 1.25)

@@ -82,14 +82,14 @@ def figures(result: Result) -> list[Figure]:
     """Efficiency by ranks for both ways of meeting, packed; scheduling time by samples."""
     mix = result.of_kind("efficiency")[0]["mix"]
     lines = {
-        f"{sync}, {'packed' if packed else 'padded'}": {
+        f"{words}, {'packed' if packed else 'padded'}": {
             name: sorted(by_ranks.items()) for name, by_ranks in _grid(result, mix, sync, packed).items()
         }
         for packed in (False, True)
-        for sync in _SYNC
+        for sync, words in (("step", "DDP"), ("stage", "FSDP"))
     }
     alt = "Simulated efficiency of each sampler from 8 to 4096 ranks, padded and packed"
-    return [Figure(name="scale", alt=alt, data=lines, paint=_paint, size=(9.5, 3.0))]
+    return [Figure(name="scale", alt=alt, data=lines, paint=_paint, size=(9.5, 3.2))]
 
 
 def _paint(canvas: Any, data: dict[str, dict[str, list[list[float]]]]) -> None:
@@ -103,11 +103,13 @@ def _paint(canvas: Any, data: dict[str, dict[str, list[list[float]]]]) -> None:
             axes.plot(n, value, marker="osD^vPX"[number % 7], markersize=4, color=color, label=label,
                       linewidth=2.2 if ours else 1.1, zorder=3 if ours else 2)  # fmt: skip
         axes.set_xscale("log", base=2)
+        ticks = sorted({n for points in lines.values() for n, _ in points})
+        axes.set_xticks(ticks, [f"{n:,}" for n in ticks])
         axes.set_title(title, fontsize=9)
         axes.set_xlabel("ranks")
         axes.set_ylim(0, 1.02)
         axes.grid(alpha=0.25)
     panels[0].set_ylabel("useful ÷ spent seconds")
     canvas.legend(
-        *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=7, fontsize=8, frameon=False
+        *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8, frameon=False
     )
