@@ -78,7 +78,7 @@ def read_structure(model: nn.Module) -> Structure:
     if "mm_encoder_outputs" not in inspect.signature(type(body).forward).parameters:
         raise ModelError(
             f"{type(body).__name__} does not take mm_encoder_outputs, by which features from another rank enter it; "
-            "upgrade transformers, or use a plan without a pipeline."
+            "upgrade transformers (to 5.18 at least), or use a plan without a pipeline."
         )
     decoder = body.get_decoder()
     body_name, decoder_name = names[id(body)], names.get(id(decoder), "")
