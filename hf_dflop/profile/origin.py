@@ -23,8 +23,8 @@ _SCHEME = 1
 def processor_fingerprint(processor: Any, labels: str = "assistant", max_length: int | None = None) -> str:
     """A hash of everything of a processor and policy that changes token counts.
 
-    Covers the tokenizer, the settings of the image and video processors and of the processor, the chat template, `labels` and
-    `max_length`. The same in every process.
+    Covers the tokenizer, the settings of the image and video processors and of the processor, the chat template,
+    `labels` and `max_length`. The same in every process.
 
     Args:
         processor (`ProcessorMixin`): the processor.
@@ -46,7 +46,7 @@ def processor_fingerprint(processor: Any, labels: str = "assistant", max_length:
         "settings": _plain(vars(processor), skip=("tokenizer", "image_processor", "video_processor")),
         "image_processor": type(images).__name__.removesuffix("Pil").removesuffix("Fast"),
         "images": _plain(images.to_dict(), skip=("image_processor_type", "processor_class")),
-        "videos": _plain(videos.to_dict()) if hasattr(videos, "to_dict") else None,
+        "videos": None if videos is None or not hasattr(videos, "to_dict") else _plain(videos.to_dict()),
         # Padding is never counted, and trainers set a pad token where there is none.
         "special_tokens": _plain(dict(tokenizer.special_tokens_map), skip=("pad_token",)),
         "truncation_side": getattr(tokenizer, "truncation_side", "right"),

@@ -11,10 +11,10 @@ structure of the columns:
     caption         one text column: a document when it has `<image>` markers, else what is said of the images
     (a function)    row → {"messages": [...], "images": [...], "videos": [...]}
 
-Assumptions: samples have text, images and videos. A row with a sound is refused, since its tokens are not counted; rows
-beside it whose cells are empty are read. Images and videos without any marker belong to the first user turn. A row of
-videos alone may mark them with `<video>` or with `<image>`. One line break beside a marker belongs to the marker, since
-chat templates write their own.
+Assumptions: samples have text, images and videos. A row with a sound is refused, since its tokens are not counted;
+rows beside it whose cells are empty are read. Images and videos without any marker belong to the first user turn. A row
+of videos alone may mark them with `<video>` or with `<image>`. One line break beside a marker belongs to the marker,
+since chat templates write their own.
 """
 
 import difflib
@@ -184,8 +184,8 @@ def read_row(row: Mapping[str, Any], layout: Layout, *, index: int | None = None
     """Read a dataset row as a `Row`.
 
     Raises:
-        DatasetError: the numbers of images (or videos) and of their placeholders differ, or a turn is not understood; the
-            message names the row.
+        DatasetError: the numbers of images (or videos) and of their placeholders differ, or a turn is not understood;
+            the message names the row.
 
     Example:
         >>> layout = Layout(kind="caption", text_columns=("text",), image_column="image")

@@ -196,18 +196,16 @@ class Renderer:
         if last is None or last["role"] != "assistant" or any(p["type"] != "text" for p in last["content"]):
             raise DatasetError(
                 f"{row.name}: {type(self.processor).__name__} learns a suffix, so the last turn must be the "
-                "assistant's and hold no image"
+                "assistant's and hold no image or video"
             )
         text = "\n".join(self._flat(turn["content"]) for turn in row.messages[:-1])
         return Rendered(text=text, spans=[], suffix=self._flat(last["content"]))
 
     def _flat(self, parts: Sequence[dict[str, Any]]) -> str:
-        tokens = {"image": self.token, "video": self.video_token}
-        return "".join(
-            part["text"] if part["type"] == "text" else token.placeholder
-            for part in parts
-            if (token := tokens.get(part["type"])) is not None or part["type"] == "text"
-        )
+        # A row with a video is refused before, where the processor has no token for it.
+        video = "" if self.video_token is None else self.video_token.placeholder
+        media = {"image": self.token.placeholder, "video": video}
+        return "".join(part["text"] if part["type"] == "text" else media[part["type"]] for part in parts)
 
     def _render(self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = False) -> str:
         assert self._template is not None

@@ -1,14 +1,16 @@
 """Run a processor on a video that has a length and a size, but no pixels.
 
-Input: a processor that takes videos, and a `VideoInfo`. Output: the frames that it samples, the text that it writes in place of the video,
-and the tensors that it gives, of which those with pixels hold nothing. The frames are a tensor on torch's meta device,
-so that sampling, sizes, patches and text are the processor's own code and cost milliseconds for an hour of video.
+Input: a processor that takes videos, and a `VideoInfo`. Output: the frames that it samples, the text that it writes in
+place of the video, and the tensors that it gives, of which those with pixels hold nothing. The frames are a tensor on
+torch's meta device, so that sampling, sizes, patches and text are the processor's own code and cost milliseconds,
+however long the video is.
 
 Assumption: nothing depends on what is in the pictures. Where something does, the processor fails on tensors without
 values, and `ProcessorError` says so.
 """
 
 import copy
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +18,9 @@ from hf_dflop.errors import DatasetError, ProcessorError
 from hf_dflop.rows.videos import VideoInfo
 
 __all__ = ["VideoRun", "run_without_pixels"]
+
+_NO_VALUES = re.compile(r"\bmeta\b|register_meta")
+"""What torch says when values of a tensor on the meta device are asked for; "metadata" is another matter."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,7 +62,7 @@ def run_without_pixels(processor: Any, info: VideoInfo) -> VideoRun:
             )
         )
     except Exception as error:
-        if "meta" in str(error):
+        if _NO_VALUES.search(str(error)):
             raise ProcessorError(
                 f"{type(processor).__name__} makes of a video what depends on its pictures, which are not looked at "
                 f"({type(error).__name__})"

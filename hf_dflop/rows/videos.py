@@ -1,9 +1,9 @@
 """What a video is, from its container's header or its list of frames, and the frames that are asked for.
 
-Inputs: a video cell (`{"bytes", "path"}` as `datasets.Video(decode=False)` gives it, a path, a decoder that
-`datasets` made, or a list of image cells that are the frames). `video_info` decodes nothing: number of frames, frames per second, size and rotation come from the
-header, and where the header keeps no number of frames (Matroska, MPEG-TS), packets are counted. `load_frames` decodes
-some of the frames and turns them upright, so that the two agree.
+Inputs: a video cell (`{"bytes", "path"}` as `datasets.Video(decode=False)` gives it, a path, a decoder that `datasets`
+made, or a list of image cells that are the frames). `video_info` decodes nothing: number of frames, frames per second,
+size and rotation come from the header, and where the header keeps no number of frames (Matroska, MPEG-TS), packets are
+counted. `load_frames` decodes some of the frames and turns them upright, so that the two agree.
 
 Containers are read by PyAV (`pip install "hf_dflop[video]"`); lists of frames need nothing.
 
@@ -89,7 +89,7 @@ def video_info(cell: Any, *, where: str = "video") -> VideoInfo:
         stream = container.streams.video[0]
         if _is_cut_off(container):
             raise DatasetError(f"{where}: the file ends before its last frame")
-        num_frames = stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
+        num_frames = stream.frames or _packets(container, where)
         rotation, height, width = _rotation(container), stream.height, stream.width
         if rotation % 180:
             height, width = width, height
@@ -99,9 +99,7 @@ def video_info(cell: Any, *, where: str = "video") -> VideoInfo:
     return VideoInfo(num_frames=num_frames, height=height, width=width, fps=fps, rotation=rotation)
 
 
-def load_frames(
-    cell: Any, info: VideoInfo, indices: Sequence[int], *, where: str = "video"
-) -> npt.NDArray[np.uint8]:
+def load_frames(cell: Any, info: VideoInfo, indices: Sequence[int], *, where: str = "video") -> npt.NDArray[np.uint8]:
     """Decoded, upright RGB frames, `(num_indices, height, width, 3)`.
 
     Args:
@@ -134,8 +132,8 @@ def load_frames(
                 raise DatasetError(f"{where}: the video cannot be decoded: {error}") from error
     if missing := wanted - set(found):
         raise DatasetError(
-            f"{where}: the header tells of {info.num_frames} frames, but frame {min(missing)} is not there; the file may "
-            "be cut off"
+            f"{where}: the header tells of {info.num_frames} frames, but frame {min(missing)} is not there; the file "
+            "may be cut off"
         )
     shapes = {frame.shape for frame in found.values()}
     if shapes != {(info.height, info.width, 3)}:
@@ -165,8 +163,8 @@ def _open(cell: Any, where: str) -> Any:
         raise DatasetError(f"{where}: {source!r} is a URL; store the video in the dataset or as a local file")
     if not isinstance(source, str) and not hasattr(source, "__fspath__") and not hasattr(source, "seek"):
         raise DatasetError(
-            f"{where}: {type(cell).__name__} is not a video; expected a path, a dict with 'bytes' or 'path', or a list "
-            "of frames (cast a column of videos with datasets.Video(decode=False))"
+            f"{where}: {type(cell).__name__} is not a video; expected a path, a dict with 'bytes' or 'path', or a "
+            "list of frames (cast a column of videos with datasets.Video(decode=False))"
         )
     try:
         container = av.open(source if hasattr(source, "seek") else str(source))
@@ -178,10 +176,21 @@ def _open(cell: Any, where: str) -> Any:
     return container
 
 
+def _packets(container: Any, where: str) -> int:
+    """Frames of a container that keeps no number of them."""
+    try:
+        return sum(packet.size > 0 for packet in container.demux(video=0))
+    except Exception as error:
+        raise DatasetError(f"{where}: the video cannot be read: {error}") from error
+
+
 def _is_cut_off(container: Any) -> bool:
     """Whether the file ends before the last frame that its index tells of."""
     index = container.streams.video[0].index_entries
-    return bool(len(index)) and container.size > 0 and index[len(index) - 1].pos + index[len(index) - 1].size > container.size
+    if not len(index) or container.size <= 0:
+        return False
+    last = index[len(index) - 1]
+    return bool(last.pos + last.size > container.size)
 
 
 def _rotation(container: Any) -> int:

@@ -1,4 +1,6 @@
-"""What is true of each family: exact at every size and length, or refused and why. Makes the table of docs/processors.md.
+"""What is true of each family: exact at every size and length, or refused and why.
+
+Makes the table of docs/processors.md:
 
 python -m tests.unit.profile.family_check > docs/processors.md
 """
@@ -54,7 +56,16 @@ processed instead of computed.
 videos of noise that the processor samples and processes whole. They are counted by running the processor on frames
 without pixels (`hf_dflop/rows/video_run.py`), with its own settings: whether frames are sampled, how many, and how
 large. Video processors ask for torchvision; here a few functions that keep its shapes stand in for it. A dash: the
-processor takes no videos, or its images are not counted.
+processor takes no videos, or its images are not counted. Each frame, or each group of frames that become one patch, is
+a tile; that the encoder attends within it is checked on tiny models of six families (`test_videos.py`).
+
+Video files are read by PyAV (`pip install "hf_dflop[video]"`): number of frames, rate, size and rotation from the
+header, packets counted where it keeps no number. Lists of frames have no rate: processors that sample by time refuse
+them, as they do in training. Processors that stack videos (LLaVA-OneVision, InternVL) take videos of one length in a
+microbatch; set `num_frames`.
+
+Sounds are refused by name. Their tokens would be counted as images' are, but no column holds the encoder that they pay
+for, and a profile without it would tell too little of what such a row costs.
 
 | model type | processor | counted by | result | videos |
 |---|---|---|---|---|

@@ -39,8 +39,8 @@ def resize(image: torch.Tensor, size: Any, interpolation: Any = None, antialias:
 
 
 def normalize(image: torch.Tensor, mean: Any, std: Any, inplace: bool = False) -> torch.Tensor:
-    shape = (-1, 1, 1)
-    return (image - torch.tensor(mean, device=image.device).view(shape)) / torch.tensor(std, device=image.device).view(shape)
+    mean, std = (torch.as_tensor(values, device=image.device).view(-1, 1, 1) for values in (mean, std))
+    return (image - mean) / std
 
 
 def pad(image: torch.Tensor, padding: Any, fill: Any = 0, padding_mode: str = "constant") -> torch.Tensor:
@@ -77,7 +77,9 @@ def _modules() -> dict[str, ModuleType]:
     contents = {**{op.__name__: op for op in ops}, "InterpolationMode": InterpolationMode}
     functions = _module("torchvision.transforms.v2.functional", **contents)
     second = _module("torchvision.transforms.v2", functional=functions)
-    transforms = _module("torchvision.transforms", v2=second, functional=functions, InterpolationMode=InterpolationMode)
+    transforms = _module(
+        "torchvision.transforms", v2=second, functional=functions, InterpolationMode=InterpolationMode
+    )
     top = _module("torchvision", transforms=transforms, __version__="0.26.0")
     modules = (top, transforms, second, functions)
     return {module.__name__: module for module in modules} | {"torchvision.transforms.functional": functions}
