@@ -1,8 +1,8 @@
 """Dataset rows → a microbatch, and a check that each sample is as long as its shape columns say.
 
 Input: rows as the dataset gives them, images decoded or not, videos not decoded. Output: the tensors of
-`rows.encode`, padded on the right. A microbatch without images has no pixel keys, or with `dummy_image` those of one tiny image that nothing is
-learned from.
+`rows.encode`, padded on the right. A microbatch without images and videos has no pixel keys, or with `dummy_image`
+those of one tiny image that nothing is learned from.
 
 Assumptions: what a row without any label contributes to the gradient is zero times something finite, so exactly
 zero. That holds for losses over label tokens, and not for what sees all positions (a router's balancing loss).

@@ -1,8 +1,8 @@
 """Rows → the shape columns, without decoding a pixel. The function that `datasets.map` runs.
 
 The rendered text gets the replacement of each image and each video with every run of image tokens folded to one, and
-is tokenised once: the image token is a special token of its own, so folding a run of k removes exactly k - 1 tokens and
-changes no other, whatever the text around it merges to. Only rows longer than `max_length` are tokenised in full.
+is tokenised once: the image token is a special token of its own, so folding a run of k removes exactly k - 1 tokens
+and changes no other, whatever the text around it merges to. Only rows longer than `max_length` are tokenised in full.
 """
 
 import gc
