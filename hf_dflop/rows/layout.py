@@ -13,8 +13,8 @@ structure of the columns:
 
 Assumptions: samples have text, images and videos. A row with a sound is refused, since its tokens are not counted;
 rows beside it whose cells are empty are read. Images and videos without any marker belong to the first user turn. A
-row of videos alone may mark them with `<video>` or with `<image>`. One line break beside a marker belongs to the marker,
-since chat templates write their own.
+row of videos alone may mark them with `<video>` or with `<image>`. One line break beside a marker belongs to it, since
+chat templates write their own.
 """
 
 import difflib

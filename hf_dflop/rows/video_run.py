@@ -2,8 +2,8 @@
 
 Input: a processor that takes videos, and a `VideoInfo`. Output: the frames that it samples, the text that it writes in
 place of the video, and the tensors that it gives, of which those with pixels hold nothing. The frames are a tensor on
-torch's meta device, so that sampling, sizes, patches and text are the processor's own code and cost milliseconds,
-however long the video is.
+torch's meta device, so that sampling, sizes, patches and text are the processor's own code, and no pixel is computed.
+It costs tens of milliseconds, and seconds where the text grows to hundreds of thousands of tokens.
 
 Assumption: nothing depends on what is in the pictures. Where something does, the processor fails on tensors without
 values, and `ProcessorError` says so.
