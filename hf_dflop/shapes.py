@@ -5,6 +5,7 @@ Shapes are counts, never seconds, so an annotated dataset stays true on another 
 
 Assumptions: a sample's images and text are joined into one LLM sequence; the encoder attends within one
 *tile* at a time (one encoder attention sequence: a crop, or a whole image; a windowed encoder's tile is the image).
+A video counts as an image of which each frame is a tile, or each group of frames that become one patch.
 """
 
 import hashlib
@@ -34,17 +35,17 @@ class Shapes:
     """
 
     num_images: npt.NDArray[np.int64]
-    """Images of the sample."""
+    """Images and videos of the sample."""
     image_tiles: npt.NDArray[np.int64]
-    """Attention sequences that the vision encoder runs for the sample (tiles, crops, whole images)."""
+    """Attention sequences that the vision encoder runs for the sample (tiles, crops, whole images, frames)."""
     image_patches: npt.NDArray[np.int64]
     """Patch positions that the encoder computes, over all tiles, before any merging, without class tokens."""
     image_patches_sq: npt.NDArray[np.int64]
     """Sum over the tiles of (patches of the tile)²: what encoder attention grows with."""
     image_tokens: npt.NDArray[np.int64]
-    """LLM positions that hold image features (positions whose id is the image token)."""
+    """LLM positions that hold features of images or videos (positions whose id is the image or the video token)."""
     text_tokens: npt.NDArray[np.int64]
-    """All other LLM positions of the sample: text, template and the wrapper tokens around images."""
+    """All other LLM positions of the sample: text, template, wrapper tokens around images, timestamps of frames."""
     label_tokens: npt.NDArray[np.int64]
     """Positions that contribute to the loss: labels after the shift (`labels[1:]`) that are not -100."""
 

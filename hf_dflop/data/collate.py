@@ -1,8 +1,8 @@
 """Dataset rows → a microbatch, and a check that each sample is as long as its shape columns say.
 
-Input: rows as the dataset gives them, images decoded or not. Output: the tensors of `rows.encode`, padded on the
-right. A microbatch without images has no pixel keys, or with `dummy_image` those of one tiny image that nothing is
-learned from.
+Input: rows as the dataset gives them, images decoded or not, videos not decoded. Output: the tensors of
+`rows.encode`, padded on the right. A microbatch without images and videos has no pixel keys, or with `dummy_image`
+those of one tiny image that nothing is learned from.
 
 Assumptions: what a row without any label contributes to the gradient is zero times something finite, so exactly
 zero. That holds for losses over label tokens, and not for what sees all positions (a router's balancing loss).
@@ -95,7 +95,7 @@ class VisionLanguageCollator:
         return [read_row(row, self._layout_of(row), index=position) for position, row in enumerate(rows)]
 
     def _collate(self, rows: Sequence[Mapping[str, Any]], read: list[Row]) -> dict[str, Any]:
-        add_dummy = self.dummy_image and bool(read) and not any(row.images for row in read)
+        add_dummy = self.dummy_image and bool(read) and not any(row.images or row.videos for row in read)
         batch = encode(
             self.processor,
             [*read, _dummy_row()] if add_dummy else read,
@@ -117,8 +117,7 @@ class VisionLanguageCollator:
         return self._detected[1]
 
     def _check(self, rows: Sequence[Mapping[str, Any]], batch: dict[str, Any]) -> None:
-        is_image = batch["input_ids"] == self.renderer.token.feature_id
-        image_tokens = is_image.sum(dim=1)
+        image_tokens = sum((batch["input_ids"] == token).sum(dim=1) for token in self.renderer.feature_ids)
         found = {
             "image_tokens": image_tokens.tolist(),
             "text_tokens": (batch["attention_mask"].sum(dim=1) - image_tokens).tolist(),

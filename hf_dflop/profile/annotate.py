@@ -1,8 +1,8 @@
 """Rows → the shape columns, without decoding a pixel. The function that `datasets.map` runs.
 
-The rendered text gets each image's replacement with every run of image tokens folded to one, and is tokenised
-once: the image token is a special token of its own, so folding a run of k removes exactly k - 1 tokens and changes
-no other, whatever the text around the image merges to. Only rows longer than `max_length` are tokenised in full.
+The rendered text gets the replacement of each image and each video with every run of image tokens folded to one, and
+is tokenised once: the image token is a special token of its own, so folding a run of k removes exactly k - 1 tokens
+and changes no other, whatever the text around it merges to. Only rows longer than `max_length` are tokenised in full.
 """
 
 import gc
@@ -15,7 +15,8 @@ from hf_dflop.errors import DatasetError, DflopError
 from hf_dflop.profile.image_count import ImageCount
 from hf_dflop.profile.tokenise import Tokeniser, count_tokens
 from hf_dflop.profile.tokens import TokenCounter
-from hf_dflop.rows import Layout, Rendered, Renderer, Row, image_size, read_row
+from hf_dflop.profile.video_count import VideoCounter
+from hf_dflop.rows import Layout, Rendered, Renderer, Row, image_size, read_row, video_info
 from hf_dflop.rows.labels import Span, expand
 from hf_dflop.shapes import COLUMN_PREFIX, SHAPE_COLUMNS
 
@@ -53,7 +54,7 @@ class Annotator:
         self.raises = raises
         self.renderer = Renderer(counter.processor, labels)
         self.tokenise = Tokeniser(counter.processor.tokenizer)
-        self._feature_id = counter.token.feature_id
+        self._videos = VideoCounter(counter)
 
     def __call__(self, table: "pa.Table", indices: Sequence[int]) -> dict[str, list[Any]]:
         # A batch makes many small objects and no cycles; the collector would look through the whole heap for them.
@@ -124,13 +125,14 @@ class Annotator:
             return _said(error, f"row {index}")
 
     def _values(self, name: str, column: "pa.ChunkedArray") -> list[Any]:
-        """Python values of a column; bytes of images stay in the table, of which only the headers are read."""
+        """Python values of a column; bytes of images and videos stay in the table, of which only headers are read."""
         import pyarrow as pa
 
         kind = column.type
         is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
         cell = kind.value_type if is_list else kind
-        if name != self.layout.image_column or not pa.types.is_struct(cell) or cell.get_field_index("bytes") < 0:
+        media = (self.layout.image_column, self.layout.video_column)
+        if name not in media or not pa.types.is_struct(cell) or cell.get_field_index("bytes") < 0:
             return column.to_pylist()
         return [row for chunk in column.chunks for row in (_image_lists(chunk) if is_list else _image_cells(chunk))]
 
@@ -141,27 +143,31 @@ class Annotator:
             DatasetError: an image cannot be read or processed, or `max_length` would cut one; names the row.
         """
         images = [self._images(row) if row.images else [] for row in rows]
+        videos = [self._clips(row) if row.videos else [] for row in rows]
         rendered = [self._prepared(self.renderer(row), row) for row in rows]
         folded = [
-            expand(text.text, self.counter.token.placeholder, [image.folded for image in parts], text.spans)
-            if parts
-            else (text.text, text.spans)
-            for text, parts in zip(rendered, images, strict=True)
+            self._expanded(text, [part.folded for part in parts], [part.folded for part in clips])
+            for text, parts, clips in zip(rendered, images, videos, strict=True)
         ]
         tokens = self.tokenise([text for text, _ in folded], [text.add_special_tokens for text in rendered])
-        counted = count_tokens(tokens, [spans for _, spans in folded], self.renderer.labels, self._feature_id)
+        spans = [spans for _, spans in folded]
+        counted = count_tokens(tokens, spans, self.renderer.labels, self.renderer.feature_ids)
         results = []
-        for row, parts, text, (length, features, labels) in zip(rows, images, rendered, counted.tolist(), strict=True):
-            if features != sum(len(image.runs) for image in parts):
+        for row, given, clips, text, (length, features, labels) in zip(
+            rows, images, videos, rendered, counted.tolist(), strict=True
+        ):
+            parts = [*given, *clips]
+            if features != sum(len(part.runs) for part in parts):
                 raise DatasetError(
                     f"{row.name}: the text itself contains the image token {self.counter.token.feature!r}"
+                    + ("" if self.renderer.video_token is None else ", or the token of a video")
                 )
-            counts = {field: sum(getattr(image, name) for image in parts) for field, name in _SUMMED.items()}
+            counts = {field: sum(getattr(part, name) for part in parts) for field, name in _SUMMED.items()}
             counts |= {"num_images": len(parts), "text_tokens": length - features, "label_tokens": labels}
             if text.suffix is not None:
                 self._add_suffix(counts, text.suffix)
             if self.max_length is not None and counts["text_tokens"] + counts["image_tokens"] > self.max_length:
-                self._cut(counts, row, parts, text)
+                self._cut(counts, row, given, clips, text)
             results.append(counts)
         return results
 
@@ -177,6 +183,25 @@ class Annotator:
                 f"{row.name}{column}: the processor refuses an image among {[(w, h) for h, w in sizes]} "
                 f"(width, height): {error}"
             ) from error
+
+    def _clips(self, row: Row) -> list[ImageCount]:
+        if self.renderer.video_token is None:
+            return []  # the renderer refuses the row, and says why
+        column = "" if self.layout.video_column is None else f", column {self.layout.video_column!r}"
+        infos = [video_info(cell, where=f"{row.name}{column}, video {i}") for i, cell in enumerate(row.videos)]
+        try:
+            return self._videos.count(infos)
+        except DflopError as error:
+            raise type(error)(f"{row.name}{column}: {error}") from error
+
+    def _expanded(self, text: Rendered, images: Sequence[str], videos: Sequence[str]) -> tuple[str, list[Span]]:
+        """Text and spans with the replacements in place; those of images hold no placeholder of a video."""
+        full, spans = text.text, text.spans
+        if images:
+            full, spans = expand(full, self.counter.token.placeholder, images, spans)
+        if videos and self.renderer.video_token is not None:
+            full, spans = expand(full, self.renderer.video_token.placeholder, videos, spans)
+        return full, spans
 
     def _prepared(self, text: Rendered, row: Row) -> Rendered:
         """PaliGemma moves BOS behind the image; its own method does it, on pictures of one pixel."""
@@ -195,24 +220,29 @@ class Annotator:
         counts["label_tokens"] += len(ids)
         counts["text_tokens"] += len(ids)
 
-    def _cut(self, counts: dict[str, int], row: Row, images: Sequence[ImageCount], text: Rendered) -> None:
+    def _cut(
+        self,
+        counts: dict[str, int],
+        row: Row,
+        images: Sequence[ImageCount],
+        clips: Sequence[ImageCount],
+        text: Rendered,
+    ) -> None:
         """Count a row that is longer than `max_length`, as the tokenizer cuts it."""
         assert self.max_length is not None
         length = counts["text_tokens"] + counts["image_tokens"]
         advice = f"{row.name}: {length} tokens, more than max_length={self.max_length}; "
         if text.suffix is not None:
             raise DatasetError(advice + "prompt and suffix are not cut, so drop the row or raise max_length")
-        placeholder = self.counter.token.placeholder
-        spans: list[Span]
-        full, spans = expand(text.text, placeholder, [image.replacement for image in images], text.spans)
+        full, spans = self._expanded(text, [part.replacement for part in images], [part.replacement for part in clips])
         kept = self.tokenise.cut(full, text.add_special_tokens, self.max_length)
         ((num_kept, features, labels),) = count_tokens(
-            [kept], [spans], self.renderer.labels, self._feature_id
+            [kept], [spans], self.renderer.labels, self.renderer.feature_ids
         ).tolist()
         if features != counts["image_tokens"]:
             raise DatasetError(
                 advice + f"the cut would keep {features} of {counts['image_tokens']} image tokens, and "
-                "images cannot be cut: drop the row or raise max_length"
+                "images and videos cannot be cut: drop the row or raise max_length"
             )
         counts |= {"text_tokens": num_kept - features, "label_tokens": labels}
 

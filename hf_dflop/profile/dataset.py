@@ -52,7 +52,7 @@ def profile_dataset(
     streaming: bool = False,
     shard: tuple[int, int] | None = None,
 ) -> tuple[Any, Any]:
-    """Count patches, image tokens, text tokens and label tokens of every sample, without decoding images.
+    """Count patches, image tokens, text tokens and label tokens of every sample, without decoding images or videos.
 
     Args:
         dataset (`Dataset`, `DatasetDict`, `IterableDataset`, `IterableDatasetDict` or `str`): a dataset, the id of

@@ -1,13 +1,14 @@
-"""What one image becomes: a record small enough to be kept for every size that a dataset holds."""
+"""What one image or one video becomes: a record small enough to be kept for every size that a dataset holds."""
 
+import re
 from dataclasses import dataclass
 
-__all__ = ["ImageCount"]
+__all__ = ["ImageCount", "fold"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImageCount:
-    """What one image becomes."""
+    """What one image or one video becomes."""
 
     tiles: int
     """Encoder attention sequences."""
@@ -16,7 +17,7 @@ class ImageCount:
     patches_sq: int
     """Sum over the tiles of (patches of the tile)²."""
     image_tokens: int
-    """LLM positions that hold features of this image."""
+    """LLM positions that hold features of it."""
     folded: str
     """What the processor writes in place of the placeholder, with every run of the feature token written once."""
     runs: tuple[int, ...]
@@ -29,3 +30,15 @@ class ImageCount:
         """What the processor writes in place of the placeholder, in full."""
         first, *pieces = self.folded.split(self.feature)
         return first + "".join(self.feature * run + piece for run, piece in zip(self.runs, pieces, strict=True))
+
+
+def fold(replacement: str, feature: str) -> tuple[str, tuple[int, ...]]:
+    """The text with every run of the feature token written once, and the lengths of the runs.
+
+    Example:
+        >>> fold("<<a>xxx<b>xx", "x")
+        ('<<a>x<b>x', (3, 2))
+    """
+    pattern = f"(?:{re.escape(feature)})+"
+    runs = tuple(len(run) // len(feature) for run in re.findall(pattern, replacement))
+    return re.sub(pattern, lambda _: feature, replacement), runs

@@ -23,8 +23,8 @@ _SCHEME = 1
 def processor_fingerprint(processor: Any, labels: str = "assistant", max_length: int | None = None) -> str:
     """A hash of everything of a processor and policy that changes token counts.
 
-    Covers the tokenizer, the settings of the image processor and of the processor, the chat template, `labels` and
-    `max_length`. The same in every process.
+    Covers the tokenizer, the settings of the image and video processors and of the processor, the chat template,
+    `labels` and `max_length`. The same in every process.
 
     Args:
         processor (`ProcessorMixin`): the processor.
@@ -36,6 +36,7 @@ def processor_fingerprint(processor: Any, labels: str = "assistant", max_length:
     """
     check_policy(labels)
     tokenizer, images = processor.tokenizer, processor.image_processor
+    videos = getattr(processor, "video_processor", None)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     # The text before "added_tokens" holds the padding and truncation of the last call, which is no property.
     vocabulary = "" if backend is None else backend.to_str().partition('"added_tokens"')[2]
@@ -45,6 +46,7 @@ def processor_fingerprint(processor: Any, labels: str = "assistant", max_length:
         "settings": _plain(vars(processor), skip=("tokenizer", "image_processor", "video_processor")),
         "image_processor": type(images).__name__.removesuffix("Pil").removesuffix("Fast"),
         "images": _plain(images.to_dict(), skip=("image_processor_type", "processor_class")),
+        "videos": None if videos is None or not hasattr(videos, "to_dict") else _plain(videos.to_dict()),
         # Padding is never counted, and trainers set a pad token where there is none.
         "special_tokens": _plain(dict(tokenizer.special_tokens_map), skip=("pad_token",)),
         "truncation_side": getattr(tokenizer, "truncation_side", "right"),

@@ -78,7 +78,7 @@ class Tokeniser:
 
 
 def count_tokens(
-    tokens: Sequence[Tokens], spans: Sequence[Sequence[Span]], policy: str, feature_id: int
+    tokens: Sequence[Tokens], spans: Sequence[Sequence[Span]], policy: str, feature_ids: Sequence[int]
 ) -> npt.NDArray[np.int64]:
     """Tokens, image tokens and labels of each text, `(num_texts, 3)`.
 
@@ -90,10 +90,10 @@ def count_tokens(
         tokens (`Sequence[Tokens]`): ids and offsets of each text.
         spans (`Sequence[Sequence[Span]]`): the learned spans of each text, in order and apart.
         policy (`str`): label policy.
-        feature_id (`int`): id of image tokens, which are never labels.
+        feature_ids (`Sequence[int]`): ids of image and video tokens, which are never labels.
 
     Example:
-        >>> count_tokens([([5, 6, 7], [(0, 0), (0, 2), (2, 5)])], [[(2, 5)]], "assistant", 9).tolist()
+        >>> count_tokens([([5, 6, 7], [(0, 0), (0, 2), (2, 5)])], [[(2, 5)]], "assistant", [9]).tolist()
         [[3, 0, 1]]
     """
     lengths = np.array([len(ids) for ids, _ in tokens], dtype=np.int64)
@@ -116,7 +116,7 @@ def count_tokens(
         firsts, lasts = np.array(marked, dtype=np.int64).T
         found = np.searchsorted(lasts, starts, side="right")
         learned |= (found < len(lasts)) & (firsts[np.minimum(found, len(lasts) - 1)] < ends)
-    is_feature = ids == feature_id
+    is_feature = np.isin(ids, feature_ids)
     learned &= ~is_feature
     learned[np.cumsum(lengths)[:-1][lengths[1:] > 0]] = False
     learned[:1] = False

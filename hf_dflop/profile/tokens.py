@@ -25,16 +25,16 @@ Tiles that exist only to pad a batch are not counted, since the models drop them
 
 import functools
 import logging
-import re
 from typing import Any
 
 import numpy as np
 
 from hf_dflop.errors import DflopError, ProcessorError
-from hf_dflop.profile.image_count import ImageCount
+from hf_dflop.profile.image_count import ImageCount, fold
 from hf_dflop.profile.processed import process_blank
 from hf_dflop.profile.tiles import encoder_tiles
 from hf_dflop.rows import image_token
+from hf_dflop.rows.render import feature_ids
 
 __all__ = ["TokenCounter"]
 
@@ -75,6 +75,7 @@ class TokenCounter:
             )
         self.processor = processor
         self.token = image_token(processor)
+        self.feature_ids = feature_ids(processor)
         self.structure = self._recognise()
         self.patch_size = self._find_patch_size(config)
         self.counts_alone = "batch_num_images" in getattr(processor.image_processor, "model_input_names", ())
@@ -296,9 +297,7 @@ class TokenCounter:
     def _fold(self, replacement: str) -> tuple[str, tuple[int, ...]]:
         if not self._folds:
             raise self._unknown(f"repeats {self.token.feature!r}, which its tokenizer splits")
-        feature = self.token.feature
-        runs = [len(run) // len(feature) for run in re.findall(f"(?:{re.escape(feature)})+", replacement)]
-        return re.sub(f"(?:{re.escape(feature)})+", lambda _: feature, replacement), tuple(runs)
+        return fold(replacement, self.token.feature)
 
     def _check_probe(self) -> None:
         """Process one image and compare; where a structure was recognised wrongly, images are processed from here."""

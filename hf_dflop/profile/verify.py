@@ -5,6 +5,8 @@ Input: the tensors of `rows.encode` for one row. Output: the counts of `Shapes`.
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from hf_dflop.errors import ShapeMismatchError
 from hf_dflop.rows import Row, encode
 from hf_dflop.rows.render import Renderer
@@ -19,7 +21,7 @@ def measure(batch: dict[str, Any], counter: "TokenCounter") -> dict[str, int]:
     """The counts of a batch of one row, by the field names of `Shapes` (all but `num_images`)."""
     tiles = counter.tiles_of(batch)
     length = int(batch["attention_mask"].sum())
-    image_tokens = int((batch["input_ids"] == counter.token.feature_id).sum())
+    image_tokens = int(np.isin(batch["input_ids"].numpy(), counter.feature_ids).sum())
     return {
         "image_tiles": len(tiles),
         "image_patches": sum(tiles),

@@ -1,11 +1,11 @@
 """Rows → the batch of tensors that the model gets, by really running the processor.
 
-The one place where samples become tensors. Rows with and without images go through the processor apart, since
-processors differ in how they take a batch where only some rows have images; the two halves are joined by right
-padding, in the order of the rows.
+The one place where samples become tensors. Rows with and without images or videos go through the processor apart,
+since processors differ in how they take a batch where only some rows have images; the two halves are joined by right
+padding, in the order of the rows. Of a video, the frames that the processor samples are decoded and no others.
 
 Output: the processor's own keys (`input_ids`, `attention_mask`, `pixel_values`, ...) and `labels`, -100 where
-nothing is learned. Without an image in any row, there are no pixel keys.
+nothing is learned. Without an image or a video in any row, there are no pixel keys.
 """
 
 from collections.abc import Sequence
@@ -18,6 +18,8 @@ from hf_dflop.rows.images import load_image
 from hf_dflop.rows.labels import holes_of, labelled, shift_spans
 from hf_dflop.rows.layout import Row
 from hf_dflop.rows.render import Rendered, Renderer
+from hf_dflop.rows.video_run import run_without_pixels
+from hf_dflop.rows.videos import load_frames, video_info
 
 __all__ = ["IGNORE", "encode"]
 
@@ -38,7 +40,7 @@ def encode(
 
     Args:
         processor (`ProcessorMixin`): a processor of a vision-language model.
-        rows (`Sequence[Row]`): samples; their images are decoded here where they are not yet.
+        rows (`Sequence[Row]`): samples; their images and videos are decoded here where they are not yet.
         labels (`str`, defaults to `"assistant"`): "assistant" or "all".
         max_length (`int`, *optional*): cut longer samples to this many tokens; images are never cut.
         pad_to_multiple_of (`int`, *optional*): pad the length of the batch to a multiple of it.
@@ -46,10 +48,10 @@ def encode(
 
     Returns:
         `dict[str, torch.Tensor]`: `input_ids`, `labels` and other text keys of shape `(num_rows, length)`, and the
-        image keys of the processor.
+        image and video keys of the processor.
 
     Raises:
-        DatasetError: a row cannot be processed, or `max_length` would cut an image.
+        DatasetError: a row cannot be processed, or `max_length` would cut an image or a video.
     """
     if not rows:
         raise DatasetError("there are no rows to encode")
@@ -59,15 +61,15 @@ def encode(
     rendered = [renderer(row) for row in rows]
     text_columns: list[dict[str, np.ndarray]] = [{} for _ in rows]
     image_columns: dict[str, Any] = {}
-    for with_images in (True, False):
-        picked = [i for i, row in enumerate(rows) if bool(row.images) is with_images]
+    for with_pixels in (True, False):
+        picked = [i for i, row in enumerate(rows) if bool(row.images or row.videos) is with_pixels]
         if not picked:
             continue
         chosen, texts = [rows[i] for i in picked], [rendered[i] for i in picked]
         output = _process(processor, chosen, texts, max_length)
         for i, columns in zip(picked, _text_columns(output, texts, renderer), strict=True):
             text_columns[i] = columns
-        if with_images:
+        if with_pixels:
             image_columns = output
     return {**_pad(text_columns, processor.tokenizer.pad_token_id, pad_to_multiple_of), **_tensors(image_columns)}
 
@@ -92,17 +94,26 @@ def _process(processor: Any, rows: Sequence[Row], texts: Sequence[Rendered], max
     else:
         text_kwargs["return_offsets_mapping"] = True
         kwargs["return_text_replacement_offsets"] = True
-    if rows[0].images:
-        kwargs["images"] = [_pictures(processor, row) for row in rows]
+    if pictures := [_pictures(processor, row) for row in rows if row.images]:
+        kwargs["images"] = pictures
         kwargs["images_kwargs"] = {"return_tensors": "pt"}
+    if clips := [clip for row in rows for clip in _clips(processor, row)]:
+        kwargs["videos"] = [frames for frames, _ in clips]
+        kwargs["videos_kwargs"] = {
+            "video_metadata": [metadata for _, metadata in clips],
+            "do_sample_frames": False,
+            "return_metadata": True,  # some write timestamps only with it
+            "return_tensors": "pt",
+        }
     try:
         output = dict(processor(**kwargs))
     except Exception as error:
         if len(rows) > 1:
             for row, text in zip(rows, texts, strict=True):
                 _process(processor, [row], [text], max_length)
-        hint = "; max_length would cut an image: raise it" if "count between text" in str(error) else ""
+        hint = "; max_length would cut an image or a video: raise it" if "count between text" in str(error) else ""
         raise DatasetError(f"{rows[0].name}: {type(processor).__name__} failed: {error}{hint}") from error
+    output.pop("video_metadata", None)
     if suffixes and max_length is not None:
         for row, mask in zip(rows, output["attention_mask"], strict=True):
             if sum(mask) > max_length:
@@ -117,6 +128,17 @@ def _pictures(processor: Any, row: Row) -> list[Any]:
     keeps_mode = bool(getattr(processor.image_processor, "do_convert_rgb", False))
     pictures = [load_image(cell, where=f"{row.name}, image {i}") for i, cell in enumerate(row.images)]
     return [p if keeps_mode or p.mode == "RGB" else p.convert("RGB") for p in pictures]
+
+
+def _clips(processor: Any, row: Row) -> list[tuple[Any, dict[str, Any]]]:
+    """The sampled frames of each video of a row, `(num_frames, height, width, 3)`, and what is known of it."""
+    clips = []
+    for i, cell in enumerate(row.videos):
+        where = f"{row.name}, video {i}"
+        info = video_info(cell, where=where)
+        indices = run_without_pixels(processor, info).indices
+        clips.append((load_frames(cell, info, indices, where=where), info.metadata(indices)))
+    return clips
 
 
 def _text_columns(
@@ -142,7 +164,7 @@ def _text_columns(
             spans = shift_spans(text.spans, holes_of(replaced[i]))
             where = np.asarray(offsets[i], dtype=np.int64).reshape(-1, 2)[:length]
             learned = labelled(where, spans, renderer.labels)
-        learned &= ids != renderer.token.feature_id
+        learned &= ~np.isin(ids, renderer.feature_ids)
         columns["labels"] = np.where(learned, ids, IGNORE)
         rows.append(columns)
     return rows

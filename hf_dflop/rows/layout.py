@@ -1,27 +1,30 @@
 """Find out how a dataset writes its samples, and read every one as the same `Row`.
 
 Inputs: a row (a dict) and, where there are, the features of the dataset. Output: a `Layout`, and with it each row
-as messages with content parts and a list of image cells. Layouts are told apart by the structure of the columns:
+as messages with content parts, a list of image cells and a list of video cells. Layouts are told apart by the
+structure of the columns:
 
     messages        list of {role, content}; content is text (with `<image>` markers) or a list of parts
     conversations   list of {from, value} with `<image>` markers (LLaVA, ShareGPT)
     texts           list of {user, assistant} (the_cauldron, FineVision)
     question        a question column and an answer column
     caption         one text column: a document when it has `<image>` markers, else what is said of the images
-    (a function)    row → {"messages": [...], "images": [...]}
+    (a function)    row → {"messages": [...], "images": [...], "videos": [...]}
 
-Assumptions: samples have text and images. A row with a video or a sound is refused, since its tokens are not counted;
-rows beside it whose cells are empty are read. Images without any marker belong to the first user
-turn. One line break beside an `<image>` marker belongs to the marker, since chat templates write their own.
+Assumptions: samples have text, images and videos. A row with a sound is refused, since its tokens are not counted;
+rows beside it whose cells are empty are read. Images and videos without any marker belong to the first user turn. A
+row of videos alone may mark them with `<video>` or with `<image>`. One line break beside a marker belongs to it, since
+chat templates write their own.
 """
 
 import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hf_dflop.errors import DatasetError
+from hf_dflop.rows.videos import video_cells
 from hf_dflop.shapes import COLUMN_PREFIX
 
 __all__ = ["LAYOUTS", "Layout", "Row", "detect_layout", "read_row"]
@@ -38,7 +41,8 @@ _QUESTION_COLUMNS = ("question", "query", "prompt", "instruction", "problem")
 _ANSWER_COLUMNS = ("answer", "answers", "response", "output", "completion", "solution", "label")
 _CAPTION_COLUMNS = ("text", "caption", "captions", "txt")
 _IMAGE_COLUMNS = ("images", "image", "img", "picture", "pictures")
-_MEDIA_COLUMNS = ("videos", "video", "audios", "audio")
+_VIDEO_COLUMNS = ("videos", "video")
+_SOUND_COLUMNS = ("audios", "audio")
 _ROLES = {
     "human": "user",
     "user": "user",
@@ -51,7 +55,11 @@ _ROLES = {
     "developer": "system",
     "tool": "tool",
 }
-_MARKER = re.compile(r"\n?<image>\n?")
+_MARKERS = {
+    False: re.compile(r"\n?<(image)>\n?"),
+    True: re.compile(r"\n?<(image|video)>\n?"),
+}
+"""What stands for an image; of a row with videos, `<video>` is no text either."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,9 +67,12 @@ class Row:
     """One sample in the form that every later step reads."""
 
     messages: list[dict[str, Any]]
-    """Turns `{"role", "content"}`; content is a list of `{"type": "text", "text"}` and `{"type": "image"}`."""
+    """Turns `{"role", "content"}`; content is a list of `{"type": "text", "text"}`, `{"type": "image"}` and
+    `{"type": "video"}`."""
     images: list[Any]
     """Image cells in the order of the image parts: `{"bytes", "path"}`, a path, or a PIL image."""
+    videos: list[Any] = field(default_factory=list)
+    """Video cells in the order of the video parts: `{"bytes", "path"}`, a path, or a list of image cells (frames)."""
     index: int | None = None
     """Row of the dataset, for error messages."""
 
@@ -81,8 +92,10 @@ class Layout:
     """Columns that hold the text."""
     image_column: str | None = None
     """Column that holds the image or the images."""
-    media_columns: tuple[str, ...] = ()
-    """Columns of videos or sounds; a row in which one is not empty is refused."""
+    video_column: str | None = None
+    """Column that holds the video or the videos."""
+    sound_columns: tuple[str, ...] = ()
+    """Columns of sounds; a row in which one is not empty is refused."""
     function: Callable[[dict[str, Any]], Mapping[str, Any]] | None = None
     """The user's own reader; it gets undecoded images when tokens are counted."""
 
@@ -91,7 +104,8 @@ class Layout:
         """Columns that `read_row` looks at; `None` stands for all of them."""
         if self.function is not None:
             return None
-        return self.text_columns + (() if self.image_column is None else (self.image_column,)) + self.media_columns
+        media = tuple(column for column in (self.image_column, self.video_column) if column is not None)
+        return self.text_columns + media + self.sound_columns
 
 
 def detect_layout(
@@ -123,9 +137,15 @@ def detect_layout(
         return Layout(kind="function", function=layout)
     if layout != "auto" and layout not in LAYOUTS:
         raise DatasetError(f"unknown layout {layout!r}; expected 'auto', a function, or one of {LAYOUTS}")
-    media = tuple(c for c in columns if c in _MEDIA_COLUMNS or _is_media_feature(features.get(c)))
-    columns = [name for name in columns if name not in media]
-    return replace(_detect(row, features, columns, layout, image_column), media_columns=media)
+    sounds = tuple(c for c in columns if c in _SOUND_COLUMNS or _holds(features.get(c), "Audio"))
+    videos = [c for c in columns if c not in sounds and _is_video_column(c, row[c], features.get(c))]
+    named = [c for c in _VIDEO_COLUMNS if c in videos]
+    if len(videos) > 1 and not named:
+        raise DatasetError(f"columns {videos} all hold videos; pass layout= a function that returns the videos")
+    video = named[0] if named else videos[0] if videos else None
+    columns = [name for name in columns if name not in sounds and name not in videos]
+    found = _detect(row, features, columns, layout, image_column)
+    return replace(found, video_column=video, sound_columns=sounds)
 
 
 def _detect(
@@ -164,8 +184,8 @@ def read_row(row: Mapping[str, Any], layout: Layout, *, index: int | None = None
     """Read a dataset row as a `Row`.
 
     Raises:
-        DatasetError: the numbers of images and of image placeholders differ, or a turn is not understood; the
-            message names the row.
+        DatasetError: the numbers of images (or videos) and of their placeholders differ, or a turn is not understood;
+            the message names the row.
 
     Example:
         >>> layout = Layout(kind="caption", text_columns=("text",), image_column="image")
@@ -179,32 +199,39 @@ def read_row(row: Mapping[str, Any], layout: Layout, *, index: int | None = None
             raise DatasetError(
                 f'{name}: the layout function returned {type(given).__name__}; expected {{"messages", "images"}}'
             )
-        turns, cells = list(given["messages"]), _cells(given.get("images"))
+        turns, images, videos = list(given["messages"]), _cells(given.get("images")), video_cells(given.get("videos"))
     else:
-        for column in layout.media_columns:
+        for column in layout.sound_columns:
             if row.get(column) not in (None, [], "", b""):
                 raise DatasetError(
-                    f"{name}: column {column!r} holds a video or a sound, whose tokens are not counted; write the "
-                    "frames of a video as images, or leave such rows out (on_error='skip' does)"
+                    f"{name}: column {column!r} holds a sound, whose tokens are not counted; leave such rows out "
+                    "(on_error='skip' does)"
                 )
         turns = _turns(row, layout, name)
-        cells = _cells(row.get(layout.image_column)) if layout.image_column else []
-    messages, inline = _normalise(turns, name)
+        images = _cells(row.get(layout.image_column)) if layout.image_column else []
+        videos = video_cells(row.get(layout.video_column)) if layout.video_column else []
+    messages, inline = _normalise(turns, name, bool(videos))
     if not messages:
         raise DatasetError(f"{name}: has no text: its turns are empty or missing")
-    placeholders = sum(part["type"] == "image" for turn in messages for part in turn["content"])
-    if not cells and inline and len(inline) == placeholders:
-        cells = inline
-    if not placeholders and cells:
-        target = next((turn for turn in messages if turn["role"] == "user"), messages[0])
-        target["content"][:0] = [{"type": "image"} for _ in cells]
-        placeholders = len(cells)
-    if placeholders != len(cells):
-        hint = ""
-        if layout.function is None and layout.image_column is None:
-            hint = "; no image column was found. " + _columns_hint("images", list(row))
-        raise DatasetError(f"{name}: {placeholders} image placeholders but {len(cells)} images{hint}")
-    return Row(messages=messages, images=cells, index=index)
+    kinds = [part["type"] for turn in messages for part in turn["content"]]
+    if videos and not images and "video" not in kinds and kinds.count("image") == len(videos):
+        for turn in messages:
+            turn["content"] = [{"type": "video"} if p["type"] == "image" else p for p in turn["content"]]
+    cells = {"image": images, "video": videos}
+    for kind, given_cells in cells.items():
+        placed = sum(part["type"] == kind for turn in messages for part in turn["content"])
+        if not given_cells and inline[kind] and len(inline[kind]) == placed:
+            cells[kind] = given_cells = inline[kind]
+        if not placed and given_cells:
+            target = next((turn for turn in messages if turn["role"] == "user"), messages[0])
+            target["content"][:0] = [{"type": kind} for _ in given_cells]
+            placed = len(given_cells)
+        if placed != len(given_cells):
+            hint = ""
+            if layout.function is None and (layout.image_column if kind == "image" else layout.video_column) is None:
+                hint = f"; no {kind} column was found. " + _columns_hint(kind + "s", list(row))
+            raise DatasetError(f"{name}: {placed} {kind} placeholders but {len(given_cells)} {kind}s{hint}")
+    return Row(messages=messages, images=cells["image"], videos=cells["video"], index=index)
 
 
 def _turns(row: Mapping[str, Any], layout: Layout, name: str) -> list[dict[str, Any]]:
@@ -230,9 +257,12 @@ def _turns(row: Mapping[str, Any], layout: Layout, name: str) -> list[dict[str, 
     return turns
 
 
-def _normalise(turns: Iterable[Mapping[str, Any]], name: str) -> tuple[list[dict[str, Any]], list[Any]]:
-    """Turns with content parts, and the image cells that were written inside the parts."""
-    messages, inline = [], []
+def _normalise(
+    turns: Iterable[Mapping[str, Any]], name: str, has_videos: bool
+) -> tuple[list[dict[str, Any]], dict[str, list[Any]]]:
+    """Turns with content parts, and the image and video cells that were written inside the parts."""
+    messages: list[dict[str, Any]] = []
+    inline: dict[str, list[Any]] = {"image": [], "video": []}
     for turn in turns:
         role = _ROLES.get(str(turn.get("role", "")).lower())
         if role is None:
@@ -241,13 +271,13 @@ def _normalise(turns: Iterable[Mapping[str, Any]], name: str) -> tuple[list[dict
         for part in _parts(turn.get("content"), name):
             cell = part.pop("cell", None)
             if cell is not None:
-                inline.append(cell)
+                inline[part["type"]].append(cell)
             parts.append(part)
         extra = {k: v for k, v in turn.items() if k not in ("role", "content") and v is not None}
         messages.append({"role": role, "content": parts, **extra})
-    if not any(part["type"] == "image" for turn in messages for part in turn["content"]):
+    if all(part["type"] == "text" for turn in messages for part in turn["content"]):
         for turn in messages:
-            turn["content"] = [piece for part in turn["content"] for piece in _split_markers(part["text"])]
+            turn["content"] = [piece for part in turn["content"] for piece in _split(part["text"], has_videos)]
     return messages, inline
 
 
@@ -265,24 +295,33 @@ def _parts(content: Any, name: str) -> list[dict[str, Any]]:
         if kind == "text":
             if part.get("text"):
                 parts.append({"type": "text", "text": part["text"]})
-        elif kind in ("image", "image_url"):
-            cell = next((part[k] for k in ("image", "path", "url", "image_url") if part.get(k) is not None), None)
+        elif kind in ("image", "image_url", "video", "video_url"):
+            kind = kind.removesuffix("_url")
+            keys = (kind, "path", "url", f"{kind}_url")
+            cell = next((part[k] for k in keys if part.get(k) is not None), None)
             if isinstance(cell, Mapping) and "url" in cell:
                 cell = cell["url"]
-            parts.append({"type": "image", "cell": cell})
+            asked = [k for k, v in part.items() if v is not None and k not in ("type", "text", "image", *keys)]
+            if kind == "video" and asked:
+                raise DatasetError(
+                    f"{name}: a video part asks for {asked[0]}={part[asked[0]]!r} of its own, which processors do not "
+                    "read; set it on processor.video_processor"
+                )
+            parts.append({"type": kind, "cell": cell})
         else:
-            raise DatasetError(f"{name}: content part of type {kind!r}; only 'text' and 'image' parts are understood")
+            raise DatasetError(
+                f"{name}: content part of type {kind!r}; only 'text', 'image' and 'video' parts are understood"
+            )
     return parts
 
 
-def _split_markers(text: str) -> list[dict[str, Any]]:
-    if "<image>" not in text:
-        return [{"type": "text", "text": text}] if text else []
+def _split(text: str, has_videos: bool) -> list[dict[str, Any]]:
+    """Text with its markers taken out, each a part of its own."""
     pieces: list[dict[str, Any]] = []
-    for position, piece in enumerate(_MARKER.split(text)):
-        if position:
-            pieces.append({"type": "image"})
-        if piece:
+    for position, piece in enumerate(_MARKERS[has_videos].split(text)):
+        if position % 2:
+            pieces.append({"type": piece})
+        elif piece:
             pieces.append({"type": "text", "text": piece})
     return pieces
 
@@ -294,7 +333,7 @@ def _find_image_column(
         if image_column not in columns:
             raise DatasetError(f"no image column {image_column!r}. " + _columns_hint(image_column, columns))
         return image_column
-    typed = [c for c in columns if _is_image_feature(features.get(c)) or _is_image_cell(row[c])]
+    typed = [c for c in columns if _holds(features.get(c), "Image") or _is_image_cell(row[c])]
     for name in _IMAGE_COLUMNS:
         if name in typed or (name in columns and not typed):
             return name
@@ -310,18 +349,17 @@ def _columns_hint(wanted: str, columns: Sequence[str]) -> str:
     return f"Columns: {list(columns)}" + (f"; did you mean image_column={close[0]!r}?" if close else "")
 
 
-def _is_image_feature(feature: Any) -> bool:
-    if isinstance(feature, list | tuple) and feature:
-        feature = feature[0]
-    inner = getattr(feature, "feature", None)
-    return type(feature).__name__ == "Image" or type(inner).__name__ == "Image"
+def _is_video_column(name: str, value: Any, feature: Any) -> bool:
+    if isinstance(value, list | tuple) and value:
+        value = value[0]
+    return name in _VIDEO_COLUMNS or _holds(feature, "Video") or type(value).__name__ == "VideoDecoder"
 
 
-def _is_media_feature(feature: Any) -> bool:
+def _holds(feature: Any, kind: str) -> bool:
+    """Whether a feature is `kind`, or a list of it."""
     if isinstance(feature, list | tuple) and feature:
         feature = feature[0]
-    kinds = {type(feature).__name__, type(getattr(feature, "feature", None)).__name__}
-    return bool(kinds & {"Video", "Audio"})
+    return kind in (type(feature).__name__, type(getattr(feature, "feature", None)).__name__)
 
 
 def _is_image_cell(value: Any) -> bool:

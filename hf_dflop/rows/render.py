@@ -1,4 +1,4 @@
-"""A row as text: one placeholder per image, and the character spans that are learned.
+"""A row as text: one placeholder per image and per video, and the character spans that are learned.
 
 Input: a `Row`. Output: `Rendered`. The text comes from the chat template of the processor, else of its tokenizer.
 Without a template, turns are joined plainly: their contents in order, a line break between turns, the tokenizer's
@@ -19,17 +19,17 @@ from hf_dflop.rows.labels import Span, check_policy
 from hf_dflop.rows.layout import Row
 from hf_dflop.rows.template import ChatTemplate, find_template
 
-__all__ = ["ImageToken", "Rendered", "Renderer", "image_token"]
+__all__ = ["ImageToken", "Rendered", "Renderer", "feature_ids", "image_token", "video_token"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImageToken:
-    """The two faces of an image in text."""
+    """The two faces of an image (or a video) in text."""
 
     placeholder: str
     """Stands for one whole image in the text that the processor gets."""
     feature: str
-    """Repeated once per LLM position that holds image features, after the processor expanded the placeholder."""
+    """Repeated once per LLM position that holds its features, after the processor expanded the placeholder."""
     feature_id: int
     """Token id of `feature`."""
 
@@ -56,12 +56,34 @@ def image_token(processor: Any) -> ImageToken:
     return ImageToken(placeholder=placeholder, feature=feature, feature_id=int(feature_id))
 
 
+def video_token(processor: Any) -> ImageToken | None:
+    """The placeholder and the feature token of videos; `None` where the processor has none.
+
+    Processors that write frames as images have a placeholder alone, which then stands for the feature too.
+    """
+    placeholder = getattr(processor, "video_token", None)
+    if not isinstance(placeholder, str) or not callable(getattr(processor, "video_processor", None)):
+        return None
+    declared = [i for i in (getattr(processor, "video_token_ids", None) or []) if i is not None]
+    feature_id = declared[0] if declared else processor.tokenizer.get_vocab().get(placeholder)
+    if feature_id is None:
+        return None
+    feature = processor.tokenizer.convert_ids_to_tokens(feature_id)
+    return ImageToken(placeholder=placeholder, feature=feature, feature_id=int(feature_id))
+
+
+def feature_ids(processor: Any) -> tuple[int, ...]:
+    """Ids of the tokens that stand where features of images and videos are."""
+    tokens = (image_token(processor), video_token(processor))
+    return tuple(sorted({token.feature_id for token in tokens if token is not None}))
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rendered:
     """A row as text."""
 
     text: str
-    """Text with one placeholder per image."""
+    """Text with one placeholder per image and per video."""
     spans: list[Span]
     """Character spans of `text` that are learned."""
     suffix: str | None = None
@@ -84,6 +106,8 @@ class Renderer:
         self.processor = processor
         self.labels = labels
         self.token = image_token(processor)
+        self.video_token = video_token(processor)
+        self.feature_ids = feature_ids(processor)
         self.takes_suffix = "suffix" in inspect.signature(type(processor).__call__).parameters
         found = find_template(processor)
         self._template = None if found is None else ChatTemplate(*found, processor.tokenizer)
@@ -95,21 +119,29 @@ class Renderer:
         """Render a row.
 
         Raises:
-            DatasetError: the text holds a different number of placeholders than the row has images.
+            DatasetError: the row has videos and the processor takes none, or the text holds a different number of
+                placeholders than the row has images or videos.
             ProcessorError: the template renders turns in a way from which the assistant's part cannot be told.
         """
+        if row.videos and self.video_token is None:
+            raise DatasetError(
+                f"{row.name}: holds a video, and {type(self.processor).__name__} takes none; leave such rows out "
+                "(on_error='skip' does)"
+            )
         if self.takes_suffix:
             rendered = self._suffix(row)
         elif self._template is None:
             rendered = self._plain(row)
         else:
             rendered = self._templated(row)
-        found = rendered.text.count(self.token.placeholder)
-        if found != len(row.images):
-            raise DatasetError(
-                f"{row.name}: the rendered text has {found} placeholders {self.token.placeholder!r} for "
-                f"{len(row.images)} images; the chat template drops image parts, or the text contains the placeholder"
-            )
+        for kind, token, cells in (("image", self.token, row.images), ("video", self.video_token, row.videos)):
+            found = 0 if token is None else rendered.text.count(token.placeholder)
+            # A row without videos may say what the placeholder is called; the processor then reads it as text.
+            if token is not None and found != len(cells) and (kind == "image" or cells):
+                raise DatasetError(
+                    f"{row.name}: the rendered text has {found} placeholders {token.placeholder!r} for "
+                    f"{len(cells)} {kind}s; the chat template drops {kind} parts, or the text contains the placeholder"
+                )
         return rendered
 
     def _templated(self, row: Row) -> Rendered:
@@ -161,16 +193,19 @@ class Renderer:
         last = row.messages[-1] if row.messages else None
         if not row.images:
             raise DatasetError(f"{row.name}: has no image, and {type(self.processor).__name__} needs one in every row")
-        if last is None or last["role"] != "assistant" or any(p["type"] == "image" for p in last["content"]):
+        if last is None or last["role"] != "assistant" or any(p["type"] != "text" for p in last["content"]):
             raise DatasetError(
                 f"{row.name}: {type(self.processor).__name__} learns a suffix, so the last turn must be the "
-                "assistant's and hold no image"
+                "assistant's and hold no image or video"
             )
         text = "\n".join(self._flat(turn["content"]) for turn in row.messages[:-1])
         return Rendered(text=text, spans=[], suffix=self._flat(last["content"]))
 
     def _flat(self, parts: Sequence[dict[str, Any]]) -> str:
-        return "".join(self.token.placeholder if part["type"] == "image" else part["text"] for part in parts)
+        # A row with a video is refused before, where the processor has no token for it.
+        video = "" if self.video_token is None else self.video_token.placeholder
+        media = {"image": self.token.placeholder, "video": video}
+        return "".join(part["text"] if part["type"] == "text" else media[part["type"]] for part in parts)
 
     def _render(self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = False) -> str:
         assert self._template is not None

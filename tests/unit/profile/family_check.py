@@ -1,4 +1,6 @@
-"""What is true of each family: exact at every size, or refused and why. Makes the table of docs/processors.md.
+"""What is true of each family: exact at every size and length, or refused and why.
+
+Makes the table of docs/processors.md:
 
 python -m tests.unit.profile.family_check > docs/processors.md
 """
@@ -18,8 +20,11 @@ from hf_dflop.errors import DatasetError, DflopError
 from hf_dflop.profile import TokenCounter
 from hf_dflop.profile.annotate import Annotator
 from hf_dflop.profile.verify import measure
+from hf_dflop.profile.video_count import VideoCounter
 from hf_dflop.rows import Layout, Row, encode
-from tests.unit.rows.families import NotBuilt, build, families, processor_class, templates
+from hf_dflop.rows.render import video_token
+from hf_dflop.rows.videos import VideoInfo
+from tests.unit.rows.families import NotBuilt, build, families, processor_class, templates, video_processor
 
 SIZES = (
     *((1, 1), (1, 2), (2, 1), (1, 150), (150, 1), (1, 600), (600, 1), (3, 40), (40, 3), (8, 8), (13, 17)),
@@ -27,6 +32,8 @@ SIZES = (
     *((180, 181), (200, 200), (224, 224), (333, 90), (90, 333), (256, 384), (384, 256), (97, 101), (480, 640)),
 )
 """Heights and widths, thin strips and single pixels among them."""
+CLIPS = ((64, 120, 160, 10.0), (33, 90, 50, 29.97), (40, 64, 64, 25.0), (75, 31, 200, 24.0))
+"""Frames, height, width and frames per second of videos."""
 HEAD = """# Which processors are counted, and how
 
 Made by `python -m tests.unit.profile.family_check`; a test compares it with what is found. Every image-text processor
@@ -45,8 +52,23 @@ of each size is really processed and remembered; it is exact, but as slow as the
 torchvision, the same rules apply: an image is processed at the start, and where the counts disagree, images are
 processed instead of computed.
 
-| model type | processor | counted by | result |
-|---|---|---|---|
+*videos*: tiles, patches, tokens and text of {num_clips} videos of different lengths, sizes and rates equal those of
+videos of noise that the processor samples and processes whole. They are counted by running the processor on frames
+without pixels (`hf_dflop/rows/video_run.py`), with its own settings: whether frames are sampled, how many, and how
+large. Video processors ask for torchvision; here a few functions that keep its shapes stand in for it. A dash: the
+processor takes no videos, or its images are not counted. Each frame, or each group of frames that become one patch, is
+a tile; that the encoder attends within it is checked on tiny models of six families (`test_videos.py`).
+
+Video files are read by PyAV (`pip install "hf_dflop[video]"`): number of frames, rate, size and rotation from the
+header, packets counted where it keeps no number. Lists of frames have no rate: processors that sample by time refuse
+them, as they do in training. Processors that stack videos (LLaVA-OneVision, InternVL) take videos of one length in a
+microbatch; set `num_frames`.
+
+Sounds are refused by name. Their tokens would be counted as images' are, but no column holds the encoder that they pay
+for, and a profile without it would tell too little of what such a row costs.
+
+| model type | processor | counted by | result | videos |
+|---|---|---|---|---|
 """
 
 
@@ -59,6 +81,8 @@ class Verdict:
     """"exact", "refused", "not checked", or "wrong"."""
     structure: str = ""
     reason: str = ""
+    videos: str = "-"
+    """As `result`, of videos; with the reason."""
 
 
 @functools.cache
@@ -102,7 +126,41 @@ def _verdict(family: str) -> Verdict:
     if wrong:
         reason = f"{len(wrong)} of {len(SIZES) + 1} rows differ, {wrong[0]}"
         return Verdict(family=family, result="wrong", structure=counter.structure, reason=reason)
-    return Verdict(family=family, result="exact", structure=counter.structure)
+    return Verdict(family=family, result="exact", structure=counter.structure, videos=_videos(family, counter))
+
+
+def _videos(family: str, counter: TokenCounter) -> str:
+    processor = counter.processor
+    if video_token(processor) is None:
+        return "-"
+    if video_processor(family) is None:
+        return "not checked: no video processor of its own"
+    counts, wrong, counted = VideoCounter(counter), [], 0
+    for frames, height, width, fps in CLIPS:
+        info = VideoInfo(num_frames=frames, height=height, width=width, fps=fps)
+        name = f"{frames} frames of {width}x{height}"
+        try:
+            found = counts.count([info])[0]
+        except DflopError as error:
+            wrong.append(f"{name}: {error}")
+            continue
+        counted += 1
+        noise = np.random.default_rng(frames).integers(0, 256, (frames, height, width, 3), dtype=np.uint8)
+        batch = processor(
+            text=[processor.video_token],
+            videos=[noise],
+            videos_kwargs={"video_metadata": [info.metadata()], "return_metadata": True, "return_tensors": "pt"},
+            return_text_replacement_offsets=True,
+        )
+        real = counter.tiles_of(batch)
+        text = batch["text_replacement_offsets"][0][0]["replacement"]
+        tokens = int(np.isin(np.asarray(batch["input_ids"]), counter.feature_ids).sum())
+        same = (found.tiles, found.patches, found.patches_sq, found.image_tokens, found.replacement)
+        if same != (len(real), sum(real), sum(patches**2 for patches in real), tokens, text):
+            return f"wrong: {name}: {same[:4]} for {(len(real), sum(real), tokens)}"
+    if not counted:
+        return "refused: " + _short(wrong[0])
+    return "exact" if not wrong else f"exact; refused: {_short(wrong[0])}"
 
 
 def _differs(counts: Annotator, sizes: list[tuple[int, int]]) -> str | None:
@@ -141,8 +199,9 @@ def table() -> str:
     for family in sorted(families()):
         found = verdict(family)
         result = found.result + (f": {found.reason}" if found.reason else "")
-        lines.append(f"| {family} | {processor_class(family)} | {found.structure} | {result} |\n")
-    return HEAD.format(version=transformers.__version__, num_sizes=len(SIZES)) + "".join(lines)
+        lines.append(f"| {family} | {processor_class(family)} | {found.structure} | {result} | {found.videos} |\n")
+    head = HEAD.format(version=transformers.__version__, num_sizes=len(SIZES), num_clips=len(CLIPS))
+    return head + "".join(lines)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ def test_no_family_is_counted_wrongly(family: str) -> None:
     found = verdict(family)
     assert found.result in ("exact", "refused", "not checked"), found.reason
     assert found.result == "exact" or found.reason
+    assert not found.videos.startswith("wrong"), found.videos
 
 
 def test_enough_families_are_exact() -> None:
@@ -25,6 +26,20 @@ def test_enough_families_are_exact() -> None:
     assert len({processor_class(family) for family in exact}) >= 25, exact
     computed = [family for family in exact if verdict(family).structure != "processed"]
     assert len({processor_class(family) for family in computed}) >= 25, computed
+
+
+def test_enough_families_are_exact_for_videos() -> None:
+    exact = {family for family in FAMILIES if verdict(family).videos.startswith("exact")}
+    assert {
+        "qwen2_vl",
+        "qwen2_5_vl",
+        "qwen3_vl",
+        "llava_onevision",
+        "llava_next_video",
+        "internvl",
+        "smolvlm",
+    } <= exact
+    assert len(exact) >= 20, exact
 
 
 def test_the_table_of_the_docs_is_what_is_found() -> None:

@@ -23,6 +23,7 @@ from transformers.processing_utils import ProcessorMixin
 from transformers.utils import import_utils
 
 from tests.unit.rows import tiny
+from tests.unit.rows.pixel_ops import standing_in
 
 ROOT = Path(transformers.__file__).parent / "models"
 TOKEN = re.compile(r"[\"'](<[^<>\"'\s]{1,40}>|\[[A-Z_]{2,20}\])[\"']")
@@ -61,16 +62,16 @@ def build(family: str) -> tuple[Any, Any]:
     config = _config(family)
     if family in OWN:
         return OWN[family](), tiny.config_of(OWN[family])
-    images = _image_processor(family)
+    images, videos = _image_processor(family), video_processor(family)
     found = _source(processor_class(family))
     assert found is not None
     available = {**import_utils.BACKENDS_MAPPING, "torchvision": (lambda: True, "")}
     try:
         with mock.patch.object(import_utils, "BACKENDS_MAPPING", available):
             cls = getattr(importlib.import_module(found[0]), processor_class(family))
-        processor = _assemble(cls, images, config, found[1], {})
+        processor = _assemble(cls, images, videos or _Stand(images), config, found[1], {})
         said = {name: value for name, value in vars(processor).items() if "token" in name and isinstance(value, str)}
-        processor = _assemble(cls, images, config, found[1], said)
+        processor = _assemble(cls, images, videos or _Stand(images), config, found[1], said)
     except Exception as error:
         raise NotBuilt(f"{type(error).__name__}: {error}") from error
     return processor, config
@@ -84,7 +85,7 @@ def templates(processor: Any) -> list[str]:
     return [tiny.CHATML.replace("IMAGE", image) for image in around]
 
 
-def _assemble(cls: Any, images: Any, config: Any, source: str, said: dict[str, str]) -> Any:
+def _assemble(cls: Any, images: Any, videos: Any, config: Any, source: str, said: dict[str, str]) -> Any:
     named = sorted(
         name
         for name in set(re.findall(r"tokenizer(?:\.|, [\"'])(\w+_token)(?:_id)?\b", source))
@@ -106,9 +107,9 @@ def _assemble(cls: Any, images: Any, config: Any, source: str, said: dict[str, s
             given[name] = images
         elif name == "tokenizer":
             given[name] = tokenizer
-        elif name == "video_processor" or (
-            name in ("feature_extractor", "audio_processor") and not _optional(parameter)
-        ):
+        elif name == "video_processor":
+            given[name] = videos
+        elif name in ("feature_extractor", "audio_processor") and not _optional(parameter):
             given[name] = _Stand(images)
         elif parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
             continue
@@ -158,6 +159,30 @@ def _image_processor(family: str) -> Any:
             except Exception as error:
                 raise NotBuilt(f"{type(error).__name__}: {error}") from error
     raise NotBuilt(f"{entry['pil']} is not there")
+
+
+def video_processor(family: str) -> Any:
+    """The family's video processor with its own settings; `None` where it has none that can be built."""
+    # Without torchvision, transformers forgets the names.
+    auto = (ROOT / "auto" / "video_processing_auto.py").read_text(encoding="utf-8")
+    borrowed = dict(re.findall(r'\("(\w+)", \{"torchvision": "(\w+)"\}\)', auto)).get(family)
+    for path in _files("video_processing"):
+        classes = re.findall(r"^class (\w+VideoProcessor)\(", path.read_text(encoding="utf-8"), re.M)
+        name = borrowed if borrowed in classes else classes[-1] if classes and path.parent.name == family else None
+        if name is not None:
+            with standing_in():
+                return _small_frames(getattr(importlib.import_module(_module(path)), name)())
+    return None
+
+
+def _small_frames(videos: Any) -> Any:
+    """The same rule with frames of a quarter of the side; sizes that name two edges are numbers of pixels."""
+    for name in ("size", "crop_size", "max_image_size"):
+        size = {edge: pixels for edge, pixels in dict(getattr(videos, name, None) or {}).items() if pixels is not None}
+        part = 16 if {"shortest_edge", "longest_edge"} <= set(size) or size.get("longest_edge", 0) > 10_000 else 4
+        if size:
+            setattr(videos, name, {edge: pixels // part for edge, pixels in size.items()})
+    return videos
 
 
 def _small(images: Any) -> Any:
