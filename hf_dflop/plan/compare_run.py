@@ -4,9 +4,9 @@ In: recorded steps with their samples, the plan that ran, a cost model, the data
 error of each kind of action, of the whole step, and a `Calibration`.
 
 Where a run recorded its actions (the pipeline engine), each is compared; otherwise forward and backward of a
-microbatch together. The recorded samples are simulated in the recorded microbatches, with gradients summed as the engine that ran
-sums them, so that what differs is the cost model and not the draw. The fit uses every second step; its error is
-reported on the others.
+microbatch together. The recorded samples are simulated in the recorded microbatches, with gradients summed as the
+engine that ran sums them, so that what differs is the cost model and not the draw. The fit uses every second step; its
+error is reported on the others.
 
 Assumptions: replica r of the LLM is rank r of the run where nothing is pipelined; otherwise the plan's ranks.
 """

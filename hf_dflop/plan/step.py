@@ -5,10 +5,10 @@ In: a plan, a cost model, the shapes of a global batch. Out: a `PlannedStep`. Th
 
 Assumptions: see `stage_seconds`, `durations`, `network`. Without a `Communication` nothing that is sent takes time.
 Gradients of a rank are reduced in one go. The pipeline engine does so when the last backward is done, and nothing of
-it is hidden; DDP and FSDP do so beside the last backward, all but the last bucket, 25 MiB as in DDP. Which of them runs a
-plan: where there is a pipeline (colocated, disjoint) its engine; a replicated plan is taken to run under DDP or FSDP,
-unless the caller says that the pipeline engine runs it too (`by_pipeline`). FSDP gathers a module's parameters in the
-forward and again in the backward, beside its computation.
+it is hidden; DDP and FSDP do so beside the last backward, all but the last bucket, 25 MiB as in DDP. Which of them
+runs a plan: where there is a pipeline (colocated, disjoint) its engine; a replicated plan is taken to run under DDP or
+FSDP, unless the caller says that the pipeline engine runs it too (`by_pipeline`). FSDP gathers a module's parameters in
+the forward and again in the backward, beside its computation.
 """
 
 from dataclasses import dataclass
