@@ -7,8 +7,8 @@ Assumptions: see `stage_seconds`, `durations`, `network`. Without a `Communicati
 Gradients of a rank are reduced in one go. The pipeline engine does so when the last backward is done, and nothing of
 it is hidden; DDP and FSDP do so beside the last backward, all but the last bucket, 25 MiB as in DDP. Which of them
 runs a plan: where there is a pipeline (colocated, disjoint) its engine; a replicated plan is taken to run under DDP or
-FSDP, unless the caller says that the pipeline engine runs it too (`by_pipeline`). FSDP gathers a module's parameters in
-the forward and again in the backward, beside its computation.
+FSDP, unless the caller says that the pipeline engine runs it too (`by_pipeline`). FSDP gathers a module's parameters
+in the forward and again in the backward, beside its computation.
 """
 
 from dataclasses import dataclass
