@@ -110,7 +110,7 @@ def search(
     result = SearchResult(num_layouts=len(found))
     rules = constraints or Constraints()
     table = LayoutTable.of(found)
-    shortlist = Shortlist(scorer, table, rules, interleaved="interleaved" in schedules)
+    shortlist = Shortlist(scorer, table, rules, interleaved="interleaved" in schedules, balance=balance)
     result.rejected.update({text: count for text, count in shortlist.ruled_out.items() if count})
     one = _Search(scorer, shortlist, result, rules, tuple(schedules), balance)
     kind_number = _kinds_of(table)
@@ -282,6 +282,9 @@ class _Search:
         plan cannot fit."""
         known = bounds.copy()
         for batch in range(known.size):
+            known[batch] = max(known[batch], self.scorer.part_bound(plan, batch))
+            if known.mean() >= limit:
+                return None
             stages = self.scorer.stages(plan, batch)
             known[batch] = max(known[batch], self.scorer.composed_bound(plan, stages))
             if known.mean() >= limit:

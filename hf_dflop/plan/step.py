@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hf_dflop.balance import assign
-from hf_dflop.cost import CostModel
+from hf_dflop.cost import CostModel, ModelSpec
 from hf_dflop.errors import PlanError
 from hf_dflop.plan.actions import Order
 from hf_dflop.plan.calibration import Calibration
@@ -44,6 +44,7 @@ __all__ = [
     "plan_stage_ranks",
     "plan_step",
     "rank_of_line",
+    "reductions",
     "step_durations",
     "stock_groups",
 ]
@@ -221,7 +222,7 @@ def step_durations(
     if communication is not None:
         given |= _transfers(plan, cost, stages, communication, wire_bytes)
         after = plan.placement != "replicated" if by_pipeline is None else by_pipeline
-        given |= _reductions(plan, cost, communication, wire_bytes, after=after)
+        given |= reductions(plan, cost.spec, communication, wire_bytes, after=after)
         _add_collectives(plan, cost, stages, communication, wire_bytes, forward, backward)
     if calibration is not None:
         data_s = data_s if calibration.data_s is None else calibration.data_s
@@ -295,15 +296,16 @@ def _transfers(
     return {"transfer_s": ways[0], "gradient_transfer_s": ways[1]} if num_stages > 1 else {}
 
 
-def _reductions(
-    plan: Plan, cost: CostModel, communication: Communication, wire_bytes: int, *, after: bool
+def reductions(
+    plan: Plan, spec: ModelSpec, communication: Communication, wire_bytes: int, *, after: bool
 ) -> dict[str, Any]:
-    """Seconds of summing gradients, and of gathering and scattering parameters. `after`: nothing of it is hidden."""
+    """Seconds of summing gradients, and of gathering and scattering parameters, as `Durations` takes them. `after`:
+    the sums begin after the last backward, so that nothing of them is hidden."""
     ranks = plan_stage_ranks(plan)
     reduce_s = np.zeros(max(ranks) + 1)
     tail_s = np.zeros(max(ranks) + 1)
     floors = np.zeros((2, len(ranks)))
-    held = stage_parameters(plan, cost.spec)
+    held = stage_parameters(plan, spec)
     for rank in range(max(ranks) + 1):
         own = [stage for stage, at in enumerate(ranks) if at == rank]
         trained = sum(held[stage].trained for stage in own) * wire_bytes
@@ -318,11 +320,13 @@ def _reductions(
                 scatter = communication.all_reduce_s(held[stage].trained * wire_bytes, shard) / 2
                 floors[:, stage] = gather, gather + scatter
             trained, members = trained / plan.fsdp_shards, members[:: plan.fsdp_shards]
+        if not trained:
+            continue
         reduce_s[rank] = communication.all_reduce_s(trained, members)
         last_bucket_s = communication.all_reduce_s(min(trained, BUCKET_BYTES), members)
         tail_s[rank] = reduce_s[rank] if after else min(reduce_s[rank], last_bucket_s)
     first, last = plan.vision.num_stages, len(ranks) - 1
-    llm = cost.spec.llm
+    llm = spec.llm
     if llm.tied_embeddings and ranks[first] != ranks[last] and "llm" not in plan.frozen:
         # both copies of the embedding are summed at the step's end, when nothing hides it
         copy_bytes = llm.vocab * llm.hidden * wire_bytes / plan.llm.tp
