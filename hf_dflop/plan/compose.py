@@ -8,8 +8,9 @@ little share a composition: the weight of an encoder second is rounded to a half
 have their own ranks, and to a hundredth where they share them. Seconds are not rounded.
 
 A batch of more than `MAX_TOGETHER` samples is composed in parts: replicas in equal shares, each with every k-th
-sample by size. So the planner's time grows with the samples and not with their square. The first part can be had by
-itself (`first_part`): its replicas are those of the whole, so that what they take bounds what all take.
+sample by size. So the planner's time grows with the samples and not with their square. The first
+parts can be had by themselves (`first_parts`): their replicas are those of the whole, so that what they take bounds
+what all take.
 """
 
 from collections import OrderedDict
@@ -94,32 +95,38 @@ class Composer:
 
     def __init__(self, workload: Workload) -> None:
         self.workload = workload
+        self._columns = lru_cache(maxsize=None)(self._seconds)
         self._order = lru_cache(maxsize=8)(self._by_size)
         self._parts = _Remembered(self._part, lambda part: part[0].nbytes + part[1].nbytes)
         self._groups = _Remembered(self._compose, lambda group: group.nbytes)
         self.composition = _Remembered(self._composition, lambda made: made.num_bytes)
-        self.first_part = _Remembered(self._first_part, lambda made: made.num_bytes)
+        self.first_parts = _Remembered(self._first_parts, lambda made: made.num_bytes)
 
     def num_parts(self, replicas: int) -> int:
         """Parts that a batch is composed in."""
         return min(replicas, -(-len(self.workload.batches[0]) // MAX_TOGETHER))
 
+    def _seconds(self, batch: int) -> tuple[FloatArray, FloatArray]:
+        """Of each sample in encoder and LLM, without recomputation."""
+        seconds = self.workload.seconds(False, False)[batch]
+        return seconds.vision, seconds.llm
+
     def _by_size(self, batch: int, weight: Weight) -> IntArray:
         """The samples of a batch, the dearest first."""
-        seconds = self.workload.seconds(False, False)[batch]
-        return np.argsort(-(weight * seconds.vision + seconds.llm), kind="stable")
+        vision, llm = self._columns(batch)
+        return np.argsort(-(weight * vision + llm), kind="stable")
 
     def _part(
         self, batch: int, replicas: int, num: int, objective: str, weight: Weight, part: int
     ) -> tuple[IntArray, IntArray]:
         """Samples of a part, ascending, and microbatch × the part's replicas + replica of each."""
-        seconds = self.workload.seconds(False, False)[batch]
+        vision, llm = self._columns(batch)
         parts = self.num_parts(replicas)
         first, last = _replicas_of(part, replicas, parts)
-        own = np.arange(seconds.vision.size)
+        own = np.arange(llm.size)
         if parts > 1:
             own = _dealt(self._order(batch, weight), replicas, first, last)
-        vision, llm = weight * seconds.vision[own], seconds.llm[own]
+        vision, llm = weight * vision[own], llm[own]
         if objective == "joined":  # on one rank, one after the other
             objective, vision, llm = "pipeline", np.zeros_like(llm), vision + llm
         found = assign_flat(
@@ -140,15 +147,25 @@ class Composer:
         size = len(self.workload.batches[batch])
         if not balance or replicas * num == 1:
             return stock_flat(size, replicas * num)
-        parts = self.num_parts(replicas)
         group = np.empty(size, dtype=np.int64)
-        for part in range(parts):
-            make = self._part if part else self._parts  # the first was perhaps asked for by itself
-            own, found = make(batch, replicas, num, objective, weight, part)
+        own, found = self._joined(batch, replicas, num, objective, weight, self.num_parts(replicas))
+        group[own] = found
+        return group
+
+    def _joined(
+        self, batch: int, replicas: int, num: int, objective: str, weight: Weight, count: int
+    ) -> tuple[IntArray, IntArray]:
+        """Samples of the first `count` parts, and microbatch × their replicas + replica of each."""
+        parts = self.num_parts(replicas)
+        total = _replicas_of(count - 1, replicas, parts)[1]
+        samples, groups = [], []
+        for part in range(count):
+            own, found = self._parts(batch, replicas, num, objective, weight, part)
             first, last = _replicas_of(part, replicas, parts)
             slot, rank = np.divmod(found, last - first)
-            group[own] = slot * replicas + first + rank
-        return group
+            samples.append(own)
+            groups.append(slot * total + first + rank)
+        return np.concatenate(samples), np.concatenate(groups)
 
     def _composition(
         self,
@@ -176,20 +193,26 @@ class Composer:
             class_tokens=self.workload.spec.class_tokens,
         )
 
-    def _first_part(
-        self, batch: int, again: tuple[bool, bool], replicas: int, num: int, objective: str, weight: Weight
+    def _first_parts(
+        self,
+        batch: int,
+        again: tuple[bool, bool],
+        replicas: int,
+        num: int,
+        objective: str,
+        weight: Weight,
+        count: int,
     ) -> Composition:
-        """Of the first replicas alone, balanced, as if each encoded its own images."""
-        own, found = self._parts(batch, replicas, num, objective, weight, 0)
-        count = _replicas_of(0, replicas, self.num_parts(replicas))[1]
-        seconds = self.workload.seconds(*again)[batch]
+        """Of the replicas of the first `count` parts alone, balanced, as if each encoded its own images."""
+        own, found = self._joined(batch, replicas, num, objective, weight, count)
+        total = _replicas_of(count - 1, replicas, self.num_parts(replicas))[1]
         return composition(
-            seconds.select(own),
+            self.workload.seconds(*again)[batch].select(own),
             self.workload.batches[batch].select(own),
             found,
-            count,
+            total,
             num,
-            count,
+            total,
             own=True,
             padded=self.workload.padded,
             class_tokens=self.workload.spec.class_tokens,

@@ -78,15 +78,18 @@ class Scorer:
         found = composed_bound(plan, self.workload.spec, stages, sums, network, wire_bytes, is_part=is_part)
         return (found + self.optimizer_s(plan)) * (1 - ROUNDING)
 
-    def part_bound(self, plan: Plan, batch: int) -> float:
-        """The same of the first part of the replicas alone, which are composed in a fraction of the time; 0 where
-        there are no parts."""
-        replicas = plan.llm.dp
-        if not plan.balance or self.composer.num_parts(replicas) == 1 or replicas * plan.num_microbatches == 1:
-            return 0.0
+    def part_bounds(self, plan: Plan, batch: int) -> Iterator[float]:
+        """The same of some of the replicas, twice as many each time and never all: where a batch is composed in parts,
+        most plans are ruled out by the first, in a fraction of the time."""
+        replicas, num = plan.llm.dp, plan.num_microbatches
+        if not plan.balance or replicas * num == 1:
+            return
         again, objective, weight = self._way_to_compose(plan)
-        made = self.composer.first_part(batch, again, replicas, plan.num_microbatches, objective, weight)
-        return self.composed_bound(plan, self._stages(plan, made), is_part=True)
+        count = 1
+        while count < self.composer.num_parts(replicas):
+            made = self.composer.first_parts(batch, again, replicas, num, objective, weight, count)
+            yield self.composed_bound(plan, self._stages(plan, made), is_part=True)
+            count *= 2
 
     def all_seconds(self, plan: Plan) -> FloatArray:
         """Seconds of a step with each batch, `(num_batches,)`."""

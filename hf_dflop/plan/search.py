@@ -282,9 +282,10 @@ class _Search:
         plan cannot fit."""
         known = bounds.copy()
         for batch in range(known.size):
-            known[batch] = max(known[batch], self.scorer.part_bound(plan, batch))
-            if known.mean() >= limit:
-                return None
+            for bound in self.scorer.part_bounds(plan, batch):
+                known[batch] = max(known[batch], bound)
+                if known.mean() >= limit:
+                    return None
             stages = self.scorer.stages(plan, batch)
             known[batch] = max(known[batch], self.scorer.composed_bound(plan, stages))
             if known.mean() >= limit:
