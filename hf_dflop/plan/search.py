@@ -281,16 +281,19 @@ class _Search:
         """Seconds of every batch; None as soon as their mean cannot be below `limit`; none of them (size 0) where the
         plan cannot fit."""
         known = bounds.copy()
+        fits = self.scorer.fits
         for batch in range(known.size):
-            for bound in self.scorer.part_bounds(plan, batch):
+            for number, bound in enumerate(self.scorer.part_bounds(plan, batch)):
                 known[batch] = max(known[batch], bound)
                 if known.mean() >= limit:
                     return None
+                if batch == number == 0 and not fits(plan, composed=False):  # the bound was quicker
+                    return np.empty(0)
             stages = self.scorer.stages(plan, batch)
             known[batch] = max(known[batch], self.scorer.composed_bound(plan, stages))
             if known.mean() >= limit:
                 return None
-            if batch == 0 and not self.scorer.fits(plan, composed=False):
+            if batch == 0 and not fits(plan, composed=False):
                 return np.empty(0)
             known[batch] = self.scorer.seconds(plan, batch, stages)
             if known.mean() >= limit:
