@@ -74,6 +74,14 @@ def test_a_dummy_image_keeps_sharded_ranks_together() -> None:
         launch(script, "bare", num_processes=2, timeout_s=60)
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_zero_takes_the_same_steps(stage: int, monkeypatch) -> None:
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed; it is optional, and not in the tests' needs")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    output = launch("tests.distributed.scripts.zero", str(stage), num_processes=2)
+    assert output.count(f"zero {stage} relative difference") == 2
+
+
 def test_costs_correct_themselves_and_slow_ranks_are_found() -> None:
     output = launch("tests.distributed.scripts.correction", num_processes=2, timeout_s=200)
     for told in ("resumed between two versions", "wrong costs: ", "slow rank: "):
