@@ -35,7 +35,7 @@ MAX_FINAL_SAMPLES = 60_000
 """Samples over all the batches of the final scores: twelve batches, fewer of large ones, which differ less."""
 NUM_NEXT = 6
 MAX_NEXT_SAMPLES = 360_000
-"""The next best plans are scored on the final batches too: six, fewer where so many samples are not enough for them."""
+"""The next best plans are scored on the final batches too: six, or as many as so many samples allow."""
 MAX_SEARCH_SAMPLES = 6_000
 """Samples over all the batches of a search: three batches, fewer where batches are large."""
 
