@@ -11,6 +11,9 @@ sees no difference. Exceeded caps go before the score: an excess may only fall. 
 The compiled functions are in one file on purpose: numba's cache on disk looks at a function's own file only, and
 would not notice a change in another file that it was compiled with.
 
+Memory grows with samples + groups, not with their product: the members of group g are `member[begin[g]:][:count[g]]`,
+a run of one array, which moves to the array's free end where it has outgrown its room.
+
 Layout: group g has the place (rank, slot) = (g mod num_ranks, g div num_ranks). On rank r a tick of cost takes
 slowness[r] ÷ 2**SLOWNESS_BITS ticks of time, rounded up; the fastest rank has 2**SLOWNESS_BITS.
 """
@@ -95,13 +98,40 @@ def _over(count, sums, largest, caps, padded_caps):
 
 
 @njit(cache=True, nogil=True)
-def _group_cost(g, member, count, vision, llm, weights, caps, padded_caps, padded):
+def _append(sample, g, member, begin, room, count, free):
+    """Add a sample at the end of group g; `free` (1,): where `member` is free from. Returns its place in the group."""
+    if count[g] == room[g]:
+        wanted = 2 * count[g] + 2
+        if free[0] + wanted > member.size:  # close the gaps that groups left behind when they moved
+            old = member.copy()
+            at = np.int64(0)
+            for other in range(begin.size):
+                first = begin[other]
+                begin[other] = at
+                room[other] = count[other]
+                for x in range(count[other]):
+                    member[at + x] = old[first + x]
+                at += count[other]
+            free[0] = at
+        first = begin[g]
+        begin[g] = free[0]
+        room[g] = wanted
+        for x in range(count[g]):
+            member[free[0] + x] = member[first + x]
+        free[0] += wanted
+    member[begin[g] + count[g]] = sample
+    count[g] += 1
+    return count[g] - 1
+
+
+@njit(cache=True, nogil=True)
+def _group_cost(g, member, begin, count, vision, llm, weights, caps, padded_caps, padded):
     """(vision, LLM, excess over caps) of group g, from its members."""
     v = np.int64(0)
     total = np.int64(0)
     longest = np.int64(0)
-    for x in range(count[g]):
-        i = member[g, x]
+    own = member[begin[g] : begin[g] + count[g]]
+    for i in own:
         v += vision[i]
         total += llm[i]
         longest = max(longest, llm[i])
@@ -109,16 +139,15 @@ def _group_cost(g, member, count, vision, llm, weights, caps, padded_caps, padde
     for k in range(caps.size):
         used = np.int64(0)
         most = np.int64(0)
-        for x in range(count[g]):
-            w = weights[member[g, x], k]
-            used += w
-            most = max(most, w)
+        for i in own:
+            used += weights[i, k]
+            most = max(most, weights[i, k])
         excess += _beyond(count[g] * most if padded_caps[k] else used, caps[k])
     return v, (count[g] * longest if padded else total), excess
 
 
 @njit(cache=True, nogil=True)
-def _changed(g, out, inn, member, count, v, lm, top, sums, tops, vision, llm, weights, caps, padded_caps, padded):
+def _changed(g, out, inn, count, v, lm, top, sums, tops, vision, llm, weights, caps, padded_caps, padded):
     """(vision, LLM, excess) of group g without sample `out` and with `inn` (-1: none)."""
     new_v = v[g]
     new_l = lm[g]
@@ -161,12 +190,13 @@ def _changed(g, out, inn, member, count, v, lm, top, sums, tops, vision, llm, we
 
 
 @njit(cache=True, nogil=True)
-def _rescan(g, member, count, top, sums, tops, llm, weights):
+def _rescan(g, member, begin, count, top, sums, tops, llm, weights):
     """Recompute the two largest lengths and weights of group g, and its sums of weights."""
+    own = member[begin[g] : begin[g] + count[g]]
     top[g, 0] = 0
     top[g, 1] = 0
-    for x in range(count[g]):
-        value = llm[member[g, x]]
+    for i in own:
+        value = llm[i]
         if value > top[g, 0]:
             top[g, 1] = top[g, 0]
             top[g, 0] = value
@@ -176,8 +206,8 @@ def _rescan(g, member, count, top, sums, tops, llm, weights):
         sums[g, k] = 0
         tops[g, k, 0] = 0
         tops[g, k, 1] = 0
-        for x in range(count[g]):
-            value = weights[member[g, x], k]
+        for i in own:
+            value = weights[i, k]
             sums[g, k] += value
             if value > tops[g, k, 0]:
                 tops[g, k, 1] = tops[g, k, 0]
@@ -278,15 +308,16 @@ def search(
     n = group.size
     num_ranks = slowness.size
     even = slowness.max() == 1 << SLOWNESS_BITS
-    member = np.empty((num_groups, n - num_groups + 2), dtype=np.int64)
+    count = np.bincount(group, minlength=num_groups)
+    room = count.copy()
+    begin = np.cumsum(count) - count
+    member = np.empty(4 * n + 2 * num_groups + 2, dtype=np.int64)  # of a group that moves: twice its samples, and 2
+    free = np.array([n])
     where = np.empty(n, dtype=np.int64)
-    count = np.zeros(num_groups, dtype=np.int64)
+    count[:] = 0
     group = group.copy()
     for i in range(n):
-        g = group[i]
-        member[g, count[g]] = i
-        where[i] = count[g]
-        count[g] += 1
+        where[i] = _append(i, group[i], member, begin, room, count, free)
     v = np.zeros(num_groups, dtype=np.int64)
     lm = np.zeros(num_groups, dtype=np.int64)
     over = np.zeros(num_groups, dtype=np.int64)
@@ -294,8 +325,8 @@ def search(
     sums = np.zeros((num_groups, caps.size), dtype=np.int64)
     tops = np.zeros((num_groups, caps.size, 2), dtype=np.int64)
     for g in range(num_groups):
-        _rescan(g, member, count, top, sums, tops, llm, weights)
-        v[g], lm[g], over[g] = _group_cost(g, member, count, vision, llm, weights, caps, padded_caps, padded)
+        _rescan(g, member, begin, count, top, sums, tops, llm, weights)
+        v[g], lm[g], over[g] = _group_cost(g, member, begin, count, vision, llm, weights, caps, padded_caps, padded)
     random = np.empty(1, dtype=np.uint64)
     random[0] = np.uint64(seed)
     excess = over.sum()
@@ -331,17 +362,17 @@ def search(
             new_va, new_la, new_oa = v[b], lm[b], over[b]
             new_vb, new_lb, new_ob = v[a], lm[a], over[a]
         else:
-            i = member[a, _next(random) % count[a]]
+            i = member[begin[a] + _next(random) % count[a]]
             if kind < 4:
                 if count[a] == 1:
                     continue
             else:
-                j = member[b, _next(random) % count[b]]
+                j = member[begin[b] + _next(random) % count[b]]
             new_va, new_la, new_oa = _changed(
-                a, i, j, member, count, v, lm, top, sums, tops, vision, llm, weights, caps, padded_caps, padded
+                a, i, j, count, v, lm, top, sums, tops, vision, llm, weights, caps, padded_caps, padded
             )
             new_vb, new_lb, new_ob = _changed(
-                b, j, i, member, count, v, lm, top, sums, tops, vision, llm, weights, caps, padded_caps, padded
+                b, j, i, count, v, lm, top, sums, tops, vision, llm, weights, caps, padded_caps, padded
             )
         new_excess = excess - over[a] - over[b] + new_oa + new_ob
         if new_excess > excess:
@@ -369,33 +400,27 @@ def search(
             v[a], lm[a], v[b], lm[b] = old_va, old_la, old_vb, old_lb
             continue
         if kind == 0:
-            for x in range(max(count[a], count[b])):
-                member[a, x], member[b, x] = member[b, x], member[a, x]
+            begin[a], begin[b] = begin[b], begin[a]
+            room[a], room[b] = room[b], room[a]
             count[a], count[b] = count[b], count[a]
-            for x in range(count[a]):
-                group[member[a, x]] = a
-            for x in range(count[b]):
-                group[member[b, x]] = b
+            group[member[begin[a] : begin[a] + count[a]]] = a
+            group[member[begin[b] : begin[b] + count[b]]] = b
         else:
-            last = member[a, count[a] - 1]
-            member[a, where[i]] = last
+            last = member[begin[a] + count[a] - 1]
+            member[begin[a] + where[i]] = last
             where[last] = where[i]
             count[a] -= 1
             if j >= 0:
-                last = member[b, count[b] - 1]
-                member[b, where[j]] = last
+                last = member[begin[b] + count[b] - 1]
+                member[begin[b] + where[j]] = last
                 where[last] = where[j]
                 count[b] -= 1
-                member[a, count[a]] = j
-                where[j] = count[a]
+                where[j] = _append(j, a, member, begin, room, count, free)
                 group[j] = a
-                count[a] += 1
-            member[b, count[b]] = i
-            where[i] = count[b]
+            where[i] = _append(i, b, member, begin, room, count, free)
             group[i] = b
-            count[b] += 1
-        _rescan(a, member, count, top, sums, tops, llm, weights)
-        _rescan(b, member, count, top, sums, tops, llm, weights)
+        _rescan(a, member, begin, count, top, sums, tops, llm, weights)
+        _rescan(b, member, begin, count, top, sums, tops, llm, weights)
         over[a], over[b] = new_oa, new_ob
         excess = new_excess
         total = new_total

@@ -3,7 +3,8 @@
 In: layouts, the sums of a workload, recomputation and stages per rank, the fewest microbatches that are tried. Out:
 seconds of each batch. A step is at least as long as
 
-    load      the mean over its replicas of what the busiest pipeline rank computes, tensor-parallel sums included
+    load      the mean over its replicas (of stock microbatches: the busiest one) of what a pipeline rank computes,
+              tensor-parallel sums included, and the sum of its gradients, which a pipeline hides nothing of
     way       the dearest sample's way through all stages
 
 both of which hold for any composition of microbatches, any order and any schedule: padding, idling and other
@@ -17,8 +18,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from hf_dflop.cost.parameters import parameter_counts
+from hf_dflop.cost.parts import MODULE_OF_PART
 from hf_dflop.plan.cluster import Cluster
-from hf_dflop.plan.padded_heads import encoder_share
+from hf_dflop.plan.padded_heads import encoder_share, padded_encoder
 from hf_dflop.plan.space import PLACED, Layout, LayoutTable
 from hf_dflop.plan.split import split_layers
 from hf_dflop.plan.workload import Workload
@@ -54,6 +57,7 @@ def layout_bounds(
     *,
     counts: Any = 1,
     wire_bytes: int = 2,
+    stock_count: int | None = None,
 ) -> FloatArray:
     """Lower bounds `(num_layouts, num_batches)`, seconds; inf where the variant does not exist.
 
@@ -63,6 +67,8 @@ def layout_bounds(
         variant (`Variant`): recomputation and chunks.
         counts: one number or `(num_layouts,)`: microbatches of a replica, or fewer.
         wire_bytes (`int`): bytes of a number that is summed over tensor-parallel ranks.
+        stock_count (`int`, *optional*):
+            So many microbatches, as the stock sampler deals them: the busiest replica instead of the mean.
     """
     found = found if isinstance(found, LayoutTable) else LayoutTable.of(found)
     spec = workload.spec
@@ -71,6 +77,13 @@ def layout_bounds(
     vision_s, llm_s, head_s, positions, tokens = (sums[:, k][None] for k in range(5))
     v_tp, _, v_dp, l_tp, l_pp, l_dp, _ = (column[:, None] for column in found.columns[1:].astype(np.float64))
     disjoint = found.is_disjoint[:, None]
+    if stock_count is not None:  # `(num_layouts, num_batches)`: as if all replicas had what the busiest has
+        busiest = found.looked_up(
+            ("placement", "l_dp"),
+            lambda placed, replicas: workload.busiest(*again, replicas, stock_count, PLACED[placed] != "disjoint"),
+        )
+        llm_s, head_s, tokens = (busiest[:, :, k] for k in (1, 2, 4))
+        vision_s = np.where(disjoint, sums[:, 0], busiest[:, :, 0])
     # tensor-parallel sums: two per layer and direction, which nothing hides
     network = cluster.network
     per_position = 4 * wire_bytes / network.intra_bytes_per_s
@@ -89,16 +102,56 @@ def layout_bounds(
     llm_layer = llm_s / num_l / l_tp + l_sum_s
     first = l_first * llm_layer + np.where(disjoint, 0.0, vision * l_dp / v_dp)
     last = l_last * llm_layer + head_s / l_tp
+    # of an encoder's rank, the LLM's first, largest and last: `(num_layouts, 1)`
+    v_reduce_s, *reduce_s = (one[:, None] for one in least_sums(workload, cluster, found, variant, wire_bytes))
     load = np.maximum(
-        np.where(disjoint, vision / v_dp, 0.0),
+        np.where(disjoint, vision / v_dp + v_reduce_s, 0.0),
         np.where(
             l_pp == 1,
-            (first + head_s / l_tp) / l_dp,
-            np.maximum(np.maximum(first, l_most * llm_layer), last) / l_dp,
+            (first + head_s / l_tp) / l_dp + reduce_s[0],
+            np.maximum(
+                np.maximum(first / l_dp + reduce_s[0], l_most * llm_layer / l_dp + reduce_s[1]),
+                last / l_dp + reduce_s[2],
+            ),
         ),
     )
     bound = np.maximum(load, found.looked_up(("v_tp", "l_tp"), lambda v, t: workload.longest(*again, v, t)))
     return np.where(np.isnan(v_layers), np.inf, bound)
+
+
+def least_sums(
+    workload: Workload, cluster: Cluster, table: LayoutTable, variant: Variant, wire_bytes: int
+) -> tuple[FloatArray, ...]:
+    """Seconds that summing gradients takes at least, `(num_layouts,)` each: of the encoder's ranks where they are its
+    own, of the LLM's first rank, the one with the most layers, the last. 0 without a pipeline, where the last backward
+    may hide them."""
+    spec, network = workload.spec, cluster.network
+
+    def bytes_of(part: str, degree: str) -> FloatArray:
+        """Of the gradients of one part on a rank."""
+        if MODULE_OF_PART[part] in workload.frozen:
+            return np.zeros(len(table))
+        whole = part.startswith("llm")
+        return wire_bytes * table.looked_up(
+            (degree,), lambda tp: parameter_counts(spec if whole else padded_encoder(spec, tp), tp=tp)[part]
+        )
+
+    def summed(num_bytes: FloatArray, replicas: npt.NDArray[np.int64], tp: npt.NDArray[np.int64]) -> FloatArray:
+        fastest = max(network.intra_bytes_per_s, network.inter_bytes_per_s)
+        one_node = (replicas - 1) * tp < cluster.gpus_per_node
+        bandwidth = np.where(one_node, fastest, network.inter_bytes_per_s)
+        seconds = 2 * (replicas - 1) * (network.latency_s + num_bytes / replicas / bandwidth)
+        return np.where((num_bytes > 0) & (table.columns[0] != PLACED.index("replicated")), seconds, 0.0)
+
+    held = _held_layers(workload, table, variant)
+    v_tp, _, v_dp, l_tp, l_pp, l_dp, _ = table.columns[1:]
+    vision = np.nan_to_num(held[2]) * bytes_of("vision_layer", "v_tp")
+    inside = vision + bytes_of("vision_fixed", "v_tp") + bytes_of("connector", "v_tp")
+    layer, head = bytes_of("llm_layer", "l_tp"), bytes_of("llm_head", "l_tp")
+    first = held[3] * layer + bytes_of("llm_fixed", "l_tp") + np.where(table.is_disjoint, 0.0, inside)
+    first = first + np.where((l_pp == 1) & (not spec.llm.tied_embeddings), head, 0.0)
+    of_llm = (first, held[4] * layer, held[5] * layer + head)
+    return summed(vision, v_dp, v_tp), *(summed(np.nan_to_num(one), l_dp, l_tp) for one in of_llm)
 
 
 def end_layers(workload: Workload, table: LayoutTable, variant: Variant) -> tuple[FloatArray, ...]:

@@ -3,9 +3,10 @@
 In: recorded steps with their samples, the plan that ran, a cost model, the dataset's shapes. Out: a `Comparison`: the
 error of each kind of action, of the whole step, and a `Calibration`.
 
-Where a run recorded its actions (a pipeline), each is compared; otherwise forward and backward of a microbatch
-together. The recorded samples are simulated in the recorded microbatches, so that what differs is the cost model and
-not the draw. The fit uses every second step; its error is reported on the others.
+Where a run recorded its actions (the pipeline engine), each is compared; otherwise forward and backward of a
+microbatch together. The recorded samples are simulated in the recorded microbatches, with gradients summed as the
+engine that ran sums them, so that what differs is the cost model and not the draw. The fit uses every second step; its
+error is reported on the others.
 
 Assumptions: replica r of the LLM is rank r of the run where nothing is pipelined; otherwise the plan's ranks.
 """
@@ -140,7 +141,14 @@ def compare_run(
     sync = np.array([run.sync_s for run in runs])
     own_optimizer = np.array([run.optimizer_s for run in runs])
     data = np.array([run.data_s for run in runs])
-    durations = step_durations(plan, cost, runs[0].stages, communication=communication, wire_bytes=wire_bytes)
+    durations = step_durations(
+        plan,
+        cost,
+        runs[0].stages,
+        communication=communication,
+        wire_bytes=wire_bytes,
+        by_pipeline=bool(runs[0].actions),
+    )
     tail = durations.reduce_s if durations.reduce_tail_s is None else durations.reduce_tail_s
     for kind, values, guess in (
         ("reduce", sync, float(np.max(tail)) if calibration is None else calibration.reduce_s or 0.0),
@@ -325,6 +333,7 @@ def _play(
         wire_bytes=wire_bytes,
         optimizer_s=optimizer_s,
         calibration=calibration,
+        by_pipeline=bool(run.actions),
     )
     return simulate_order(_order(plan, run), durations, activation_bytes=run.memory.kept)
 

@@ -8,19 +8,22 @@ little share a composition: the weight of an encoder second is rounded to a half
 have their own ranks, and to a hundredth where they share them. Seconds are not rounded.
 
 A batch of more than `MAX_TOGETHER` samples is composed in parts: replicas in equal shares, each with every k-th
-sample by size. So the planner's time grows with the samples and not with their square.
+sample by size. So the planner's time grows with the samples and not with their square. The first
+parts can be had by themselves (`first_parts`): their replicas are those of the whole, so that what they take bounds
+what all take.
 """
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from hf_dflop.balance.assign import assign_flat
-from hf_dflop.plan.stage_seconds import SampleSeconds, share_places
+from hf_dflop.plan.stage_seconds import SampleSeconds, share_places, stock_flat
 from hf_dflop.plan.workload import Workload
 from hf_dflop.shapes import Shapes
 
@@ -92,36 +95,77 @@ class Composer:
 
     def __init__(self, workload: Workload) -> None:
         self.workload = workload
+        self._columns = lru_cache(maxsize=None)(self._seconds)
+        self._order = lru_cache(maxsize=8)(self._by_size)
+        self._parts = _Remembered(self._part, lambda part: part[0].nbytes + part[1].nbytes)
         self._groups = _Remembered(self._compose, lambda group: group.nbytes)
         self.composition = _Remembered(self._composition, lambda made: made.num_bytes)
+        self.first_parts = _Remembered(self._first_parts, lambda made: made.num_bytes)
+
+    def num_parts(self, replicas: int) -> int:
+        """Parts that a batch is composed in."""
+        return min(replicas, -(-len(self.workload.batches[0]) // MAX_TOGETHER))
+
+    def _seconds(self, batch: int) -> tuple[FloatArray, FloatArray]:
+        """Of each sample in encoder and LLM, without recomputation."""
+        seconds = self.workload.seconds(False, False)[batch]
+        return seconds.vision, seconds.llm
+
+    def _by_size(self, batch: int, weight: Weight) -> IntArray:
+        """The samples of a batch, the dearest first."""
+        vision, llm = self._columns(batch)
+        return np.argsort(-(weight * vision + llm), kind="stable")
+
+    def _part(
+        self, batch: int, replicas: int, num: int, objective: str, weight: Weight, part: int
+    ) -> tuple[IntArray, IntArray]:
+        """Samples of a part, ascending, and microbatch × the part's replicas + replica of each."""
+        vision, llm = self._columns(batch)
+        parts = self.num_parts(replicas)
+        first, last = _replicas_of(part, replicas, parts)
+        own = np.arange(llm.size)
+        if parts > 1:
+            own = _dealt(self._order(batch, weight), replicas, first, last)
+        vision, llm = weight * vision[own], llm[own]
+        if objective == "joined":  # on one rank, one after the other
+            objective, vision, llm = "pipeline", np.zeros_like(llm), vision + llm
+        found = assign_flat(
+            vision,
+            llm,
+            stock_flat(own.size, (last - first) * num),
+            num_ranks=last - first,
+            num_slots=num,
+            objective=objective,
+            padded=self.workload.padded,
+            proposals=min(MAX_PROPOSALS // parts, PROPOSALS_PER_MICROBATCH * (last - first) * num),
+            kicks=None if parts == 1 else 0,
+        )
+        return own, found
 
     def _compose(self, batch: int, replicas: int, num: int, objective: str, weight: Weight, balance: bool) -> IntArray:
         """Microbatch × replicas + replica of each sample."""
-        seconds = self.workload.seconds(False, False)[batch]
-        size = seconds.vision.size
+        size = len(self.workload.batches[batch])
         if not balance or replicas * num == 1:
-            return _stock(size, replicas * num)
-        vision, llm = weight * seconds.vision, seconds.llm
-        if objective == "joined":  # on one rank, one after the other
-            objective, vision, llm = "pipeline", np.zeros_like(llm), vision + llm
+            return stock_flat(size, replicas * num)
         group = np.empty(size, dtype=np.int64)
-        parts = min(replicas, -(-size // MAX_TOGETHER))
-        of_replica = np.arange(replicas) * parts // replicas
-        for part, own in enumerate(_dealt(vision + llm, of_replica)):
-            ranks = np.flatnonzero(of_replica == part)
-            found = assign_flat(
-                vision[own],
-                llm[own],
-                _stock(own.size, ranks.size * num),
-                num_ranks=ranks.size,
-                num_slots=num,
-                objective=objective,
-                padded=self.workload.padded,
-                proposals=min(MAX_PROPOSALS // parts, PROPOSALS_PER_MICROBATCH * ranks.size * num),
-                kicks=None if parts == 1 else 0,
-            )
-            group[own] = found // ranks.size * replicas + ranks[0] + found % ranks.size
+        own, found = self._joined(batch, replicas, num, objective, weight, self.num_parts(replicas))
+        group[own] = found
         return group
+
+    def _joined(
+        self, batch: int, replicas: int, num: int, objective: str, weight: Weight, count: int
+    ) -> tuple[IntArray, IntArray]:
+        """Samples of the first `count` parts, and microbatch × their replicas + replica of each."""
+        parts = self.num_parts(replicas)
+        total = _replicas_of(count - 1, replicas, parts)[1]
+        samples, groups = [], []
+        for part in range(count):
+            own, found = self._parts(batch, replicas, num, objective, weight, part)
+            first, last = _replicas_of(part, replicas, parts)
+            slot, rank = np.divmod(found, last - first)
+            samples.append(own)
+            groups.append(slot * total + first + rank)
+        return np.concatenate(samples), np.concatenate(groups)
 
     def _composition(
         self,
@@ -149,26 +193,44 @@ class Composer:
             class_tokens=self.workload.spec.class_tokens,
         )
 
+    def _first_parts(
+        self,
+        batch: int,
+        again: tuple[bool, bool],
+        replicas: int,
+        num: int,
+        objective: str,
+        weight: Weight,
+        count: int,
+    ) -> Composition:
+        """Of the replicas of the first `count` parts alone, balanced, as if each encoded its own images."""
+        own, found = self._joined(batch, replicas, num, objective, weight, count)
+        total = _replicas_of(count - 1, replicas, self.num_parts(replicas))[1]
+        return composition(
+            self.workload.seconds(*again)[batch].select(own),
+            self.workload.batches[batch].select(own),
+            found,
+            total,
+            num,
+            total,
+            own=True,
+            padded=self.workload.padded,
+            class_tokens=self.workload.spec.class_tokens,
+        )
 
-def _stock(num_samples: int, num_groups: int) -> IntArray:
-    """The grouping that `stock_groups` makes: runs of the sampler's order, round the ranks."""
-    each, more = divmod(num_samples, num_groups)
-    sizes = np.full(num_groups, each)
-    sizes[:more] += 1
-    return np.repeat(np.arange(num_groups), sizes)
+
+def _replicas_of(part: int, replicas: int, parts: int) -> tuple[int, int]:
+    """First and last + 1 replica of a part."""
+    return -(-part * replicas // parts), -(-(part + 1) * replicas // parts)
 
 
-def _dealt(cost: FloatArray, of_replica: IntArray) -> list[IntArray]:
-    """The samples of each part, ascending: dealt to the replicas by size, there and back, as to players. Every
-    replica gets as many as it has microbatches at least."""
-    if not of_replica.any():
-        return [np.arange(cost.size)]
-    replicas = of_replica.size
-    turn, seat = np.divmod(np.arange(cost.size), replicas)
-    player = np.where(turn % 2 == 0, seat, replicas - 1 - seat)
-    part = np.empty(cost.size, dtype=np.int64)
-    part[np.argsort(-cost, kind="stable")] = of_replica[player]
-    return [np.flatnonzero(part == number) for number in range(int(of_replica[-1]) + 1)]
+def _dealt(order: IntArray, replicas: int, first: int, last: int) -> IntArray:
+    """The samples of the replicas from `first` to before `last`, ascending. All are dealt to all replicas by size
+    (`order`), there and back, as to players: every replica gets as many as it has microbatches at least."""
+    turn = np.arange(-(-order.size // replicas))[:, None]
+    seat = np.arange(first, last)
+    place = (turn * replicas + np.where(turn % 2 == 0, seat, replicas - 1 - seat)).ravel()
+    return np.sort(order[place[place < order.size]])
 
 
 def composition(

@@ -33,6 +33,9 @@ __all__ = ["Planning", "Score", "make_plan", "nothing_fits"]
 NUM_FINAL_BATCHES = 12
 MAX_FINAL_SAMPLES = 60_000
 """Samples over all the batches of the final scores: twelve batches, fewer of large ones, which differ less."""
+NUM_NEXT = 6
+MAX_NEXT_SAMPLES = 360_000
+"""The next best plans are scored on the final batches too: six, or as many as so many samples allow."""
 MAX_SEARCH_SAMPLES = 6_000
 """Samples over all the batches of a search: three batches, fewer where batches are large."""
 
@@ -176,7 +179,10 @@ def make_plan(
     final = Scorer(Workload(cost_model, drawn[num_batches:], **ways), cluster, rule)
     score = final_score(final, winner.plan)
     others = [(kind, one) for kind, one in result.best.items() if one is not winner]
-    others += [("next", one) for one in result.scored if one is not winner and one not in result.best.values()][:6]
+    num_next = int(np.clip(MAX_NEXT_SAMPLES // (num_final * global_batch_size), 1, NUM_NEXT))
+    others += [("next", one) for one in result.scored if one is not winner and one not in result.best.values()][
+        :num_next
+    ]
     rivals = [(kind, one.plan, final_score(final, one.plan)) for kind, one in others]
     plan = replace(
         winner.plan,

@@ -20,12 +20,13 @@ from hf_dflop.cost.memory import StageMemory
 from hf_dflop.plan.cluster import Cluster
 from hf_dflop.plan.compiled import CompiledOrder, compile_schedule, compiled, step_seconds
 from hf_dflop.plan.compose import Composer, Composition
+from hf_dflop.plan.composed_bound import composed_bound
 from hf_dflop.plan.fit_memory import MemoryRule, RankMemories, rank_bytes, rank_memories
 from hf_dflop.plan.order_greedy import greedy_actions
 from hf_dflop.plan.padded_heads import encoder_share
 from hf_dflop.plan.plan import Plan
 from hf_dflop.plan.stage_seconds import StageSeconds, first_backward_stage
-from hf_dflop.plan.step import plan_stage_ranks, step_durations
+from hf_dflop.plan.step import plan_stage_ranks, reductions, step_durations
 from hf_dflop.plan.workload import Workload
 
 __all__ = ["Scorer"]
@@ -69,37 +70,26 @@ class Scorer:
         )
         return step_seconds(self.order(plan), durations)
 
-    def composed_bound(self, plan: Plan, stages: StageSeconds) -> float:
-        """Seconds that no order of these microbatches goes below, if the first one stays the first: for each line, the
-        first microbatch's way to it and all that it computes. In 1F1B the last microbatch is the last everywhere: its
-        way back comes after that."""
-        ranks = plan_stage_ranks(plan)
-        num_vision = plan.vision.num_stages
-        busy: dict[int, FloatArray] = {}
-        sums: dict[int, FloatArray] = {}  # most stages have the same arrays
-        for rows in (*stages.forward, *stages.backward):
-            if id(rows) not in sums:
-                sums[id(rows)] = rows.sum(axis=1)
-        for stage, rank in enumerate(ranks):
-            own_s = sums[id(stages.forward[stage])] + sums[id(stages.backward[stage])]
-            busy[rank] = busy.get(rank, 0.0) + own_s
-        drains = plan.schedule == "1f1b" and plan.placement == "disjoint" and plan.llm.num_chunks == 1
-        way = found = 0.0
-        back_vision = back_llm = 0.0
-        # encoder replicas wait for the way back of the LLM replicas whose images they have
-        joined = drains and bool((stages.image_tokens[:, -1] > 0).all())
-        for stage, rank in enumerate(ranks):
-            if ranks.index(rank) == stage:
-                own = float(busy[rank].max()) if way == 0 else float(busy[rank].min())
-                if drains and stage >= num_vision:
-                    own += back_llm + (back_vision if joined else 0.0)
-                found = max(found, way + own)
-            way += float(stages.forward[stage][:, 0].min())
-            if stage < num_vision:
-                back_vision += float(stages.backward[stage][:, -1].min())
-            else:
-                back_llm += float(stages.backward[stage][:, -1].min())
+    def composed_bound(self, plan: Plan, stages: StageSeconds, *, is_part: bool = False) -> float:
+        """Seconds that no order of these microbatches goes below, see `composed_bound`."""
+        network, wire_bytes = self.network, self.wire_bytes
+        after = plan.placement != "replicated"
+        sums = reductions(plan, self.workload.spec, network, wire_bytes, after=after)
+        found = composed_bound(plan, self.workload.spec, stages, sums, network, wire_bytes, is_part=is_part)
         return (found + self.optimizer_s(plan)) * (1 - ROUNDING)
+
+    def part_bounds(self, plan: Plan, batch: int) -> Iterator[float]:
+        """The same of some of the replicas, twice as many each time and never all: where a batch is composed in parts,
+        most plans are ruled out by the first, in a fraction of the time."""
+        replicas, num = plan.llm.dp, plan.num_microbatches
+        if not plan.balance or replicas * num == 1:
+            return
+        again, objective, weight = self._way_to_compose(plan)
+        count = 1
+        while count < self.composer.num_parts(replicas):
+            made = self.composer.first_parts(batch, again, replicas, num, objective, weight, count)
+            yield self.composed_bound(plan, self._stages(plan, made), is_part=True)
+            count *= 2
 
     def all_seconds(self, plan: Plan) -> FloatArray:
         """Seconds of a step with each batch, `(num_batches,)`."""
@@ -114,21 +104,26 @@ class Scorer:
 
     def composed(self, plan: Plan, batch: int) -> Composition:
         """The microbatches of a batch under a plan."""
+        again, objective, weight = self._way_to_compose(plan)
         own = plan.placement != "disjoint"
+        return self.composer.composition(
+            batch, again, plan.llm.dp, plan.num_microbatches, objective, weight, plan.balance, plan.vision.dp, own
+        )
+
+    def _way_to_compose(self, plan: Plan) -> tuple[tuple[bool, bool], str, float]:
+        """Recomputation, objective, weight of an encoder second."""
         again = (plan.vision.checkpointing, plan.llm.checkpointing)
         weight = self._recomputing(*again)
         if plan.placement == "replicated":
             objective = "step" if plan.fsdp_shards == 1 else "stage"
-        elif own:
+        elif plan.placement == "colocated":
             objective = "joined"
         else:
             objective = "pipeline"
             weight *= plan.llm.dp * plan.llm.tp * encoder_share(self.workload.spec, plan.vision.tp) / plan.vision.dp
             weight *= _largest(plan.vision.layers, plan.vision.pp) / _largest(plan.llm.layers, plan.llm.pp)
             weight = 2.0 ** (round(2 * math.log2(weight)) / 2)
-        return self.composer.composition(
-            batch, again, plan.llm.dp, plan.num_microbatches, objective, weight, plan.balance, plan.vision.dp, own
-        )
+        return again, objective, weight
 
     def _recomputing(self, vision: bool, llm: bool) -> float:
         """What recomputation makes of an encoder second, against an LLM second."""
@@ -139,7 +134,9 @@ class Scorer:
 
     def stages(self, plan: Plan, batch: int) -> StageSeconds:
         """Seconds of the microbatches on each stage, on the GPUs that it has."""
-        made = self.composed(plan, batch)
+        return self._stages(plan, self.composed(plan, batch))
+
+    def _stages(self, plan: Plan, made: Composition) -> StageSeconds:
         forward, backward = [], []
         slow = self._slow(plan)
         whole = encoder_share(self.workload.spec, plan.vision.tp)

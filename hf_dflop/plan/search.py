@@ -110,7 +110,7 @@ def search(
     result = SearchResult(num_layouts=len(found))
     rules = constraints or Constraints()
     table = LayoutTable.of(found)
-    shortlist = Shortlist(scorer, table, rules, interleaved="interleaved" in schedules)
+    shortlist = Shortlist(scorer, table, rules, interleaved="interleaved" in schedules, balance=balance)
     result.rejected.update({text: count for text, count in shortlist.ruled_out.items() if count})
     one = _Search(scorer, shortlist, result, rules, tuple(schedules), balance)
     kind_number = _kinds_of(table)
@@ -281,12 +281,19 @@ class _Search:
         """Seconds of every batch; None as soon as their mean cannot be below `limit`; none of them (size 0) where the
         plan cannot fit."""
         known = bounds.copy()
+        fits = self.scorer.fits
         for batch in range(known.size):
+            for number, bound in enumerate(self.scorer.part_bounds(plan, batch)):
+                known[batch] = max(known[batch], bound)
+                if known.mean() >= limit:
+                    return None
+                if batch == number == 0 and not fits(plan, composed=False):  # the bound was quicker
+                    return np.empty(0)
             stages = self.scorer.stages(plan, batch)
             known[batch] = max(known[batch], self.scorer.composed_bound(plan, stages))
             if known.mean() >= limit:
                 return None
-            if batch == 0 and not self.scorer.fits(plan, composed=False):
+            if batch == 0 and not fits(plan, composed=False):
                 return np.empty(0)
             known[batch] = self.scorer.seconds(plan, batch, stages)
             if known.mean() >= limit:

@@ -30,10 +30,13 @@ class Shortlist:
         table (`LayoutTable`): the layouts.
         rules (`Constraints`): those that a layout alone decides are applied.
         interleaved (`bool`): whether a rank may have several stages.
+        balance (`bool`): microbatches composed by cost, or as the stock sampler deals them.
     """
 
-    def __init__(self, scorer: Scorer, table: LayoutTable, rules: Constraints, *, interleaved: bool) -> None:
-        self._scorer, self.table = scorer, table
+    def __init__(
+        self, scorer: Scorer, table: LayoutTable, rules: Constraints, *, interleaved: bool, balance: bool = True
+    ) -> None:
+        self._scorer, self.table, self._balance = scorer, table, balance
         self.variants = [
             Variant(*again, chunks)
             for chunks in ((1, NUM_CHUNKS) if interleaved else (1,))
@@ -59,14 +62,24 @@ class Shortlist:
         self.bounds[~self.kept] = np.inf
 
     def _of(
-        self, table: LayoutTable, fewest: npt.NDArray[np.int64], most: npt.NDArray[np.int64]
+        self,
+        table: LayoutTable,
+        fewest: npt.NDArray[np.int64],
+        most: npt.NDArray[np.int64],
+        stock_count: int | None = None,
     ) -> tuple[FloatArray, FloatArray, FloatArray]:
         """Seconds `(num_variants, num_layouts, num_batches)`, and both needs `(num_variants, num_layouts)`."""
         scorer = self._scorer
         seconds, statics, needs = [], [], []
         for variant in self.variants:
             bounds = layout_bounds(
-                scorer.workload, scorer.cluster, table, variant, counts=fewest, wire_bytes=scorer.wire_bytes
+                scorer.workload,
+                scorer.cluster,
+                table,
+                variant,
+                counts=fewest,
+                wire_bytes=scorer.wire_bytes,
+                stock_count=stock_count,
             )
             static, need, traffic = self._least.of(table, variant, most)
             static, need = (np.where(np.isnan(value), np.inf, value) for value in (static, need))
@@ -81,4 +94,7 @@ class Shortlist:
     def of_count(self, which: npt.NDArray[np.int64], count: int) -> FloatArray:
         """Seconds of the layouts `which` with `count` microbatches, `(num_variants, len(which), num_batches)`."""
         counts = np.full(which.size, count)
-        return self._of(self.table[which], counts, counts)[0]
+        found = self._of(self.table[which], counts, counts)[0]
+        if not self._balance:
+            found = np.maximum(found, self._of(self.table[which], counts, counts, count)[0])
+        return found

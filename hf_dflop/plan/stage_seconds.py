@@ -13,7 +13,7 @@ top.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,15 @@ from hf_dflop.plan.padded_heads import encoder_share
 from hf_dflop.plan.plan import Plan
 from hf_dflop.shapes import Shapes
 
-__all__ = ["SampleSeconds", "StageSeconds", "sample_seconds", "share_images", "share_places", "stage_seconds"]
+__all__ = [
+    "SampleSeconds",
+    "StageSeconds",
+    "sample_seconds",
+    "share_images",
+    "share_places",
+    "stage_seconds",
+    "stock_flat",
+]
 
 FloatArray = npt.NDArray[np.float64]
 Groups = Sequence[Sequence[Any]]
@@ -48,6 +56,11 @@ class SampleSeconds:
     head_backward: FloatArray
     overhead_s: float
     """Of every microbatch."""
+
+    def select(self, samples: npt.NDArray[np.int64]) -> "SampleSeconds":
+        """Those of some samples."""
+        rows = (field.name for field in fields(self) if field.name != "overhead_s")
+        return replace(self, **{name: getattr(self, name)[samples] for name in rows})
 
     @property
     def vision(self) -> FloatArray:
@@ -137,6 +150,15 @@ def first_backward_stage(plan: Plan, trainable: Trainable | None = None) -> int:
     """Stages before it have no backward: an encoder that nothing is trained in."""
     frozen = set(plan.frozen)
     return plan.vision.num_stages if {"vision", "connector"} <= frozen or plan.cached_features else 0
+
+
+def stock_flat(num_samples: int, num_groups: int) -> npt.NDArray[np.int64]:
+    """Group of each sample, slot × ranks + rank, as accelerate deals them: runs of the sampler's order, round the
+    ranks."""
+    each, more = divmod(num_samples, num_groups)
+    sizes = np.full(num_groups, each)
+    sizes[:more] += 1
+    return np.repeat(np.arange(num_groups), sizes)
 
 
 def share_images(shapes: Shapes, groups: Groups, num_encoders: int, *, own: bool) -> tuple[Any, Any, Any]:

@@ -4,8 +4,11 @@ In: a plan, a cost model, the shapes of a global batch. Out: a `PlannedStep`. Th
 `hf_dflop.balance.assign`, which the sampler runs too, and the order by `choose_order`.
 
 Assumptions: see `stage_seconds`, `durations`, `network`. Without a `Communication` nothing that is sent takes time.
-Gradients of a rank are reduced in one go whose last bucket, 25 MiB as in DDP, is never hidden. FSDP gathers a module's
-parameters in the forward and again in the backward, beside its computation.
+Gradients of a rank are reduced in one go. The pipeline engine does so when the last backward is done, and nothing of
+it is hidden; DDP and FSDP do so beside the last backward, all but the last bucket, 25 MiB as in DDP. Which of them
+runs a plan: where there is a pipeline (colocated, disjoint) its engine; a replicated plan is taken to run under DDP or
+FSDP, unless the caller says that the pipeline engine runs it too (`by_pipeline`). FSDP gathers a module's parameters
+in the forward and again in the backward, beside its computation.
 """
 
 from dataclasses import dataclass
@@ -15,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hf_dflop.balance import assign
-from hf_dflop.cost import CostModel
+from hf_dflop.cost import CostModel, ModelSpec
 from hf_dflop.errors import PlanError
 from hf_dflop.plan.actions import Order
 from hf_dflop.plan.calibration import Calibration
@@ -41,6 +44,7 @@ __all__ = [
     "plan_stage_ranks",
     "plan_step",
     "rank_of_line",
+    "reductions",
     "step_durations",
     "stock_groups",
 ]
@@ -140,6 +144,7 @@ def plan_step(
     data_s: float = 0.0,
     optimizer_s: float = 0.0,
     calibration: Calibration | None = None,
+    by_pipeline: bool | None = None,
     seed: int = 0,
     work: int = WORK,
 ) -> PlannedStep:
@@ -154,6 +159,9 @@ def plan_step(
         data_s (`float`): seconds from the step's begin until its first microbatch is there.
         optimizer_s (`float`): clipping and the optimizer.
         calibration (`Calibration`, *optional*): corrects the cost model, and the seconds that it has measured.
+        by_pipeline (`bool`, *optional*):
+            Whether the pipeline engine runs the plan, which sums gradients after the last backward, and not beside it
+            as DDP does. By default it does where the plan has a pipeline.
         seed (`int`), work (`int`): of the searches, see `assign` and `choose_order`.
 
     Raises:
@@ -171,6 +179,7 @@ def plan_step(
         data_s=data_s,
         optimizer_s=optimizer_s,
         calibration=calibration,
+        by_pipeline=by_pipeline,
     )
     ranks, first = plan_stage_ranks(plan), first_backward_stage(plan)
     if plan.balance and plan.placement != "replicated":
@@ -203,6 +212,7 @@ def step_durations(
     data_s: float = 0.0,
     optimizer_s: float = 0.0,
     calibration: Calibration | None = None,
+    by_pipeline: bool | None = None,
 ) -> Durations:
     """`Durations` of microbatches whose stage seconds are known; takes what `plan_step` does."""
     given: dict[str, Any] = {}
@@ -211,7 +221,8 @@ def step_durations(
     forward, backward = calibrated(plan, stages, calibration)
     if communication is not None:
         given |= _transfers(plan, cost, stages, communication, wire_bytes)
-        given |= _reductions(plan, cost, communication, wire_bytes)
+        after = plan.placement != "replicated" if by_pipeline is None else by_pipeline
+        given |= reductions(plan, cost.spec, communication, wire_bytes, after=after)
         _add_collectives(plan, cost, stages, communication, wire_bytes, forward, backward)
     if calibration is not None:
         data_s = data_s if calibration.data_s is None else calibration.data_s
@@ -285,12 +296,16 @@ def _transfers(
     return {"transfer_s": ways[0], "gradient_transfer_s": ways[1]} if num_stages > 1 else {}
 
 
-def _reductions(plan: Plan, cost: CostModel, communication: Communication, wire_bytes: int) -> dict[str, Any]:
+def reductions(
+    plan: Plan, spec: ModelSpec, communication: Communication, wire_bytes: int, *, after: bool
+) -> dict[str, Any]:
+    """Seconds of summing gradients, and of gathering and scattering parameters, as `Durations` takes them. `after`:
+    the sums begin after the last backward, so that nothing of them is hidden."""
     ranks = plan_stage_ranks(plan)
     reduce_s = np.zeros(max(ranks) + 1)
     tail_s = np.zeros(max(ranks) + 1)
     floors = np.zeros((2, len(ranks)))
-    held = stage_parameters(plan, cost.spec)
+    held = stage_parameters(plan, spec)
     for rank in range(max(ranks) + 1):
         own = [stage for stage, at in enumerate(ranks) if at == rank]
         trained = sum(held[stage].trained for stage in own) * wire_bytes
@@ -305,10 +320,13 @@ def _reductions(plan: Plan, cost: CostModel, communication: Communication, wire_
                 scatter = communication.all_reduce_s(held[stage].trained * wire_bytes, shard) / 2
                 floors[:, stage] = gather, gather + scatter
             trained, members = trained / plan.fsdp_shards, members[:: plan.fsdp_shards]
+        if not trained:
+            continue
         reduce_s[rank] = communication.all_reduce_s(trained, members)
-        tail_s[rank] = min(reduce_s[rank], communication.all_reduce_s(min(trained, BUCKET_BYTES), members))
+        last_bucket_s = communication.all_reduce_s(min(trained, BUCKET_BYTES), members)
+        tail_s[rank] = reduce_s[rank] if after else min(reduce_s[rank], last_bucket_s)
     first, last = plan.vision.num_stages, len(ranks) - 1
-    llm = cost.spec.llm
+    llm = spec.llm
     if llm.tied_embeddings and ranks[first] != ranks[last] and "llm" not in plan.frozen:
         # both copies of the embedding are summed at the step's end, when nothing hides it
         copy_bytes = llm.vocab * llm.hidden * wire_bytes / plan.llm.tp

@@ -14,7 +14,7 @@ from hf_dflop.cost import CostModel
 from hf_dflop.errors import PlanError
 from hf_dflop.plan.padded_heads import encoder_share
 from hf_dflop.plan.plan import ModulePlan, Plan
-from hf_dflop.plan.stage_seconds import SampleSeconds, sample_seconds
+from hf_dflop.plan.stage_seconds import SampleSeconds, sample_seconds, stock_flat
 from hf_dflop.shapes import Shapes
 
 __all__ = ["Workload", "draw_batches"]
@@ -60,6 +60,7 @@ class Workload:
         self.frozen, self.cached_features, self.padded = frozen, cached_features, padded
         self.seconds = lru_cache(maxsize=None)(self._seconds)
         self.sums = lru_cache(maxsize=None)(self._sums)
+        self.busiest = lru_cache(maxsize=4096)(self._busiest)
         self.longest = lru_cache(maxsize=None)(self._longest)
         self.extra_layers = lru_cache(maxsize=None)(self._extra_layers)
 
@@ -93,6 +94,25 @@ class Workload:
             positions = shapes.image_tokens.sum() * self.spec.connector.merge
             rows.append((s.vision.sum(), llm, head, positions, shapes.llm_tokens.sum()))
         return np.array(rows, dtype=np.float64)
+
+    def _busiest(
+        self, vision_again: bool, llm_again: bool, replicas: int, num_microbatches: int, joined: bool
+    ) -> FloatArray:
+        """`sums` as they would be, had all replicas what the busiest has of microbatches as the stock sampler deals
+        them, `(num_batches, 5)`. `joined`: it encodes its own images."""
+        rows = []
+        num_groups = replicas * num_microbatches
+        for shapes, s in zip(self.batches, self.seconds(vision_again, llm_again), strict=True):
+            if len(shapes) < num_groups:
+                return self.sums(vision_again, llm_again)
+            replica = stock_flat(len(shapes), num_groups) % replicas
+            positions = shapes.image_tokens * self.spec.connector.merge
+            layers, head = s.llm_forward + s.llm_backward, s.head_forward + s.head_backward
+            columns = (s.vision, layers, head, positions, shapes.llm_tokens)
+            own = np.array([np.bincount(replica, values, replicas) for values in columns])
+            most = (own[0] * joined + own[1] + own[2]).argmax()
+            rows.append(replicas * own[:, most])
+        return np.array(rows)
 
     def _extra_layers(self, vision_again: bool, llm_again: bool) -> tuple[float, float]:
         """Work of the whole encoder and of the LM head, in LLM layers."""

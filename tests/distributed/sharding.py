@@ -37,10 +37,10 @@ def let_cpus_shard() -> None:
     AcceleratorState.__init__ = initialise  # type: ignore[method-assign]
 
 
-def assert_sharded(trainer: Any) -> None:
-    """The model that trained is in FSDP2, every layer of encoder and LLM in a unit of its own."""
+def assert_sharded(trainer: Any, *, num_layers: int = 4) -> None:
+    """The model that trained is in FSDP2, this many layers of encoder and LLM in a unit of their own."""
     units = [module for module in trainer.model_wrapped.modules() if isinstance(module, FSDPModule)]
     layers = [m for m in units if type(m).__name__.removeprefix("FSDP") in ("CLIPEncoderLayer", "LlamaDecoderLayer")]
-    assert len(layers) == 4, [type(module).__name__ for module in units]
+    assert len(layers) == num_layers, [type(module).__name__ for module in units]
     assert isinstance(trainer.model_wrapped, FSDPModule)
     assert all(isinstance(parameter, DTensor) for parameter in trainer.model_wrapped.parameters())

@@ -38,10 +38,11 @@ def test_packed_and_balanced_training_takes_the_steps_of_padded_stock_training()
 
 
 def test_balanced_runs_agree_with_stock_runs_in_every_parameter(tmp_path: Path) -> None:
-    """DDP, then FSDP2 through the same Trainer, compared among themselves and with DDP."""
+    """DDP and a model sharded on loading, then FSDP2 through the same Trainer: all end as stock DDP does."""
     script, path = "tests.distributed.scripts.equal_runs", str(tmp_path / "stock.pt")
-    assert launch(script, "ddp", path, num_processes=2).count("equal_runs ddp") == 2 * 5
-    assert launch(script, "fsdp", path, num_processes=2).count("equal_runs fsdp") == 2 * 4
+    output = launch(script, "ddp", path, num_processes=2)
+    assert (output.count("equal_runs ddp"), output.count("equal_runs loaded")) == (2 * 6, 2)
+    assert launch(script, "fsdp", path, num_processes=2).count("equal_runs fsdp") == 2 * 5
 
 
 def test_resuming_goes_on_with_the_same_samples_on_another_number_of_ranks(tmp_path: Path) -> None:
@@ -71,6 +72,14 @@ def test_a_dummy_image_keeps_sharded_ranks_together() -> None:
     assert launch(script, num_processes=2, timeout_s=60).count("sharded: ") == 2
     with pytest.raises(AssertionError, match=r"failed|hung"):  # the danger is real
         launch(script, "bare", num_processes=2, timeout_s=60)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_zero_takes_the_same_steps(stage: int, monkeypatch) -> None:
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed; it is optional, and not in the tests' needs")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    output = launch("tests.distributed.scripts.zero", str(stage), num_processes=2)
+    assert output.count(f"zero {stage} relative difference") == 2
 
 
 def test_costs_correct_themselves_and_slow_ranks_are_found() -> None:

@@ -75,7 +75,13 @@ class Combination:
         optimizer_s: Any = self.optimizer_s if self.name != "DP 2" else max(self.optimizer_s)
         shapes = ingredients.shapes.select(batch)
         planned = plan_step(
-            self.plan, cost, shapes, communication=links, wire_bytes=WIRE_BYTES, optimizer_s=optimizer_s
+            self.plan,
+            cost,
+            shapes,
+            communication=links,
+            wire_bytes=WIRE_BYTES,
+            optimizer_s=optimizer_s,
+            by_pipeline=True,  # "DP 2" too
         )
         return planned, simulate_order(planned.order, planned.durations).step_s
 
@@ -87,7 +93,13 @@ class Combination:
         planned = self.planned[batch]
         stages = stage_seconds(self.plan, sample_seconds(self.plan, cost, shapes), shapes, planned.groups)
         durations = step_durations(
-            self.plan, cost, stages, communication=links, wire_bytes=WIRE_BYTES, calibration=calibration
+            self.plan,
+            cost,
+            stages,
+            communication=links,
+            wire_bytes=WIRE_BYTES,
+            calibration=calibration,
+            by_pipeline=True,
         )
         return simulate_order(planned.order, durations).step_s
 

@@ -7,6 +7,7 @@ from hf_dflop.balance import assign
 from hf_dflop.balance.assign import assign_flat
 from hf_dflop.plan import compose
 from hf_dflop.plan.cluster import Cluster
+from hf_dflop.plan.stage_seconds import stock_flat
 from hf_dflop.plan.step import stock_groups
 
 from .planning import mixture, scorer_of, small_gpu, small_spec
@@ -20,14 +21,14 @@ def test_a_flat_assignment_is_the_nested_one(objective: str, padded: bool) -> No
     stock = stock_groups(40, 3, 4)
     ways = {"num_ranks": 3, "num_slots": 4, "objective": objective, "padded": padded, "proposals": 400}
     nested = assign(vision, llm, baseline=stock, **ways).groups
-    flat = assign_flat(vision, llm, compose._stock(40, 12), **ways)
+    flat = assign_flat(vision, llm, stock_flat(40, 12), **ways)
     for rank, slots in enumerate(nested):
         for slot, group in enumerate(slots):
             assert (flat[group] == slot * 3 + rank).all()
 
 
 def test_the_stock_grouping() -> None:
-    flat = compose._stock(23, 6)
+    flat = stock_flat(23, 6)
     for rank, slots in enumerate(stock_groups(23, 2, 3)):
         for slot, group in enumerate(slots):
             assert (flat[group] == slot * 2 + rank).all()

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from hf_dflop.plan import compose
 from hf_dflop.plan.bound import Variant, layout_bounds
 from hf_dflop.plan.candidates import make_candidate
 from hf_dflop.plan.cluster import Cluster, NodeGroup
@@ -42,6 +43,18 @@ def test_the_search_finds_what_brute_force_finds(chunk: int) -> None:
         found = list(layouts(spec, cluster, batch))
         if len(found) > 60:  # every kind, all depths, but not all of a large space
             found = found[:12] + found[12 :: len(found) // 40]
+        best = min((scorer.all_seconds(plan).mean() for lay in found for plan in plans_of(scorer, lay)), default=None)
+        winner = search(scorer, found).winner
+        assert (None if winner is None else winner.mean_s) == best
+
+
+def test_it_does_where_batches_are_composed_in_parts(monkeypatch) -> None:
+    monkeypatch.setattr(compose, "MAX_TOGETHER", 5)
+    for nodes, gpus, batch, memory, vision_layers, llm_layers, seed in CASES[3::11]:
+        cluster = Cluster(nodes=nodes, gpus_per_node=gpus, gpu=small_gpu(memory), inter_bytes_per_s=5e9)
+        spec = small_spec(vision_layers=vision_layers, llm_layers=llm_layers)
+        scorer = scorer_of(cluster, spec, mixture(seed), batch, num_batches=2)
+        found = list(layouts(spec, cluster, batch))[::3]
         best = min((scorer.all_seconds(plan).mean() for lay in found for plan in plans_of(scorer, lay)), default=None)
         winner = search(scorer, found).winner
         assert (None if winner is None else winner.mean_s) == best

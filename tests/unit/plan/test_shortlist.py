@@ -69,6 +69,29 @@ def test_a_layouts_bound_holds_for_all_its_plans_and_its_need_for_those_that_fit
     assert checked > 100
 
 
+def test_bounds_of_stock_microbatches_hold_and_are_higher() -> None:
+    higher = checked = 0
+    for number, scorer in enumerate(scorers()):
+        table = LayoutTable.of(list(layouts(scorer.workload.spec, CLUSTER, 16))[number::31])
+        of_stock = Shortlist(scorer, table, Constraints(), interleaved=True, balance=False)
+        of_any = Shortlist(scorer, table, Constraints(), interleaved=True)
+        for place in range(len(table)):
+            for plan in every_plan(scorer, table.layout(place)):
+                stock = replace(plan, balance=False)
+                if scorer.need(stock, composed=True) > 1:
+                    continue
+                variant = Variant(plan.vision.checkpointing, plan.llm.checkpointing, plan.llm.num_chunks)
+                row = of_any.variants.index(variant)
+                own, any_ = (
+                    one.of_count(np.array([place]), plan.num_microbatches)[row, 0] for one in (of_stock, of_any)
+                )
+                assert (own >= any_).all()
+                assert (scorer.all_seconds(stock) >= own * (1 - 1e-9)).all(), stock
+                higher += int((own > 1.05 * any_).all())
+                checked += 1
+    assert higher > checked / 10 > 10
+
+
 def test_the_split_of_another_variant_bounds_too_high() -> None:
     """Why each variant has a bound of its own: layers are whole, and recomputation moves them."""
     spec = small_spec(vision_layers=4, llm_layers=12, vocab=30_000)

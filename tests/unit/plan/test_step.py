@@ -115,6 +115,28 @@ def test_communication_costs_time() -> None:
     assert not loud.durations.transfer[0, 2].any(), "the last stage sends nothing on"
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_hides_the_sum_of_gradients_is_what_runs_the_plan(layout: str) -> None:
+    """The pipeline engine sums after its last backward; DDP and FSDP beside it, but for the last bucket."""
+    plan, data = LAYOUTS[layout], example.shapes(48)
+    batch = data.select(range(plan.global_batch_size))
+
+    def played(by_pipeline: bool | None) -> tuple[np.ndarray, np.ndarray, float]:
+        step = plan_step(plan, big, batch, communication=NETWORK, work=1, by_pipeline=by_pipeline)
+        found = step.durations
+        return found.reduce_s, found.reduce_tail_s, simulate_order(step.order, found).step_s
+
+    big = example.cost()
+    big = replace(big, spec=replace(big.spec, llm=replace(big.spec.llm, vocab=400_000)))  # more than one bucket
+    reduce_s, tail_s, after_s = played(True)
+    assert (reduce_s == tail_s).all()
+    assert reduce_s.max() > 0
+    _, beside_tail_s, beside_s = played(False)
+    assert beside_tail_s.max() < tail_s.max()
+    assert beside_s < after_s
+    assert played(None)[2] == (beside_s if plan.placement == "replicated" else after_s)
+
+
 def test_ranks_of_stages() -> None:
     assert plan_stage_ranks(LAYOUTS["split encoder"]) == (0, 1, 2, 3)
     assert plan_stage_ranks(LAYOUTS["interleaved"]) == (0, 1, 2, 1, 2)
