@@ -72,7 +72,7 @@ def test_a_layouts_bound_holds_for_all_its_plans_and_its_need_for_those_that_fit
 def test_bounds_of_stock_microbatches_hold_and_are_higher() -> None:
     higher = checked = 0
     for number, scorer in enumerate(scorers()):
-        table = LayoutTable.of(list(layouts(scorer.workload.spec, CLUSTER, 16))[number::31])
+        table = LayoutTable.of(list(layouts(scorer.workload.spec, CLUSTER, 16))[number::61])
         of_stock = Shortlist(scorer, table, Constraints(), interleaved=True, balance=False)
         of_any = Shortlist(scorer, table, Constraints(), interleaved=True)
         for place in range(len(table)):
@@ -89,7 +89,7 @@ def test_bounds_of_stock_microbatches_hold_and_are_higher() -> None:
                 assert (scorer.all_seconds(stock) >= own * (1 - 1e-9)).all(), stock
                 higher += int((own > 1.05 * any_).all())
                 checked += 1
-    assert higher > checked / 10 > 10
+    assert higher > checked / 10 > 5
 
 
 def test_the_split_of_another_variant_bounds_too_high() -> None:
