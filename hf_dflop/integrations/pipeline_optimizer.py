@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from hf_dflop.errors import TrainerError
+from hf_dflop.pipeline import PipelineModel
 
 __all__ = ["keep_share", "names_of"]
 
@@ -27,7 +28,7 @@ def names_of(model: nn.Module) -> dict[nn.Parameter, list[str]]:
     return names
 
 
-def keep_share(optimizer: Any, names: Mapping[nn.Parameter, list[str]], pipe: nn.Module) -> torch.optim.Optimizer:
+def keep_share(optimizer: Any, names: Mapping[nn.Parameter, list[str]], pipe: PipelineModel) -> torch.optim.Optimizer:
     """The optimizer of this rank.
 
     Args:
@@ -35,7 +36,7 @@ def keep_share(optimizer: Any, names: Mapping[nn.Parameter, list[str]], pipe: nn
             Built on the model before it was cut (changed in place), or a class or function that makes one from an
             iterable of parameters.
         names (`Mapping`): [`names_of`] the model before it was cut.
-        pipe (`nn.Module`): this rank's share.
+        pipe ([`PipelineModel`]): this rank's share.
 
     Raises:
         TrainerError: it is neither, is wrapped already, has parameters of another model, or keeps parameters where
@@ -75,12 +76,21 @@ def keep_share(optimizer: Any, names: Mapping[nn.Parameter, list[str]], pipe: nn
         if "param_names" in group:
             group["param_names"] = [group["param_names"][place] for place in kept]
         group["params"] = [stays[group["params"][place]] for place in kept]
-    state = {stays[parameter]: values for parameter, values in optimizer.state.items() if parameter in stays}
+    kept_names = {parameter: name for name, parameter in own.items()}
+    state = {
+        stays[parameter]: {key: _share(pipe, kept_names[stays[parameter]], value) for key, value in values.items()}
+        for parameter, values in optimizer.state.items()
+        if parameter in stays
+    }
     optimizer.state.clear()
     optimizer.state.update(state)
     if state:
         optimizer.load_state_dict(optimizer.state_dict())  # moves the state to the parameters' device
     return optimizer
+
+
+def _share(pipe: PipelineModel, name: str, value: Any) -> Any:
+    return pipe.share(name, value) if torch.is_tensor(value) else value
 
 
 def _check_groups_only(optimizer: torch.optim.Optimizer) -> None:

@@ -134,10 +134,12 @@ def plan(
     placement: str = "disjoint",
     checkpointing: bool = False,
     encoder: tuple[int, ...] = (1,),
+    tp: int = 1,
+    vision_tp: int = 1,
     **settings: Any,
 ) -> Plan:
     """A plan of (vision replicas, LLM pipeline ranks, LLM replicas), its layers spread unevenly where possible;
-    `encoder` layers of each stage of the encoder."""
+    `encoder` layers of each stage of the encoder; `tp`: tensor-parallel ranks of the LLM."""
     vision_dp, pp, dp = layout
     stages = pp * chunks
     spread = [layers // stages] * stages
@@ -145,9 +147,12 @@ def plan(
         spread[0], spread[1] = spread[0] + 1, spread[1] - 1
     return Plan(
         vision=ModulePlan(
-            layers=encoder, dp=dp if placement != "disjoint" else vision_dp, checkpointing=checkpointing
+            layers=encoder,
+            dp=dp if placement != "disjoint" else vision_dp,
+            tp=vision_tp,
+            checkpointing=checkpointing,
         ),
-        llm=ModulePlan(layers=tuple(spread), dp=dp, num_chunks=chunks, checkpointing=checkpointing),
+        llm=ModulePlan(layers=tuple(spread), dp=dp, tp=tp, num_chunks=chunks, checkpointing=checkpointing),
         num_microbatches=num_microbatches,
         schedule=schedule,
         placement=placement,
@@ -265,7 +270,7 @@ def worst_error(pipe: PipelineModel, expected: Gradients) -> tuple[float, str]:
         if reference is None or parameter.grad is None:
             continue
         scale = max(float(reference.abs().max()), FLOOR * largest)
-        error = float((parameter.grad - reference).abs().max()) / scale
+        error = float((pipe.whole(name, parameter.grad) - reference).abs().max()) / scale
         if error > worst:
             worst, where = error, name
     return worst, where
