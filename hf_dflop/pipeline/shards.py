@@ -65,7 +65,8 @@ class Shards:
 
     def __init__(self, model: nn.Module, rules: Mapping[str, str], group: Any, device: torch.device) -> None:
         self._group, self._device = group, device
-        self._mesh = DeviceMesh.from_group(group, device.type)
+        # torch keeps meshes in caches, and takes one of the same ranks and names for the same: name its group.
+        self._mesh = DeviceMesh.from_group(group, device.type, mesh_dim_names=(f"tp{group.group_name}",))
         self._layouts: dict[str, _Layout] = {}
         self._partial: set[str] = set()
         modules = dict(model.named_modules())

@@ -82,6 +82,7 @@ def _master(
     deepstack: int,
     encoder: int,
     feature_layers: tuple[int, ...],
+    key_heads: int,
 ) -> Any:
     import transformers as tf
 
@@ -94,6 +95,7 @@ def _master(
         config.vision_feature_layer = list(feature_layers)
     text = config.get_text_config()
     text.num_hidden_layers = layers
+    text.num_key_value_heads = key_heads or text.num_key_value_heads
     if getattr(text, "layer_types", None):
         text.layer_types = [text.layer_types[i % len(text.layer_types)] for i in range(layers)]
     if deepstack:
@@ -119,9 +121,11 @@ def model(
     deepstack: int = 0,
     encoder: int = 0,
     feature_layers: tuple[int, ...] = (),
+    key_heads: int = 0,
 ) -> Any:
-    """A fresh model, the same on every rank; `encoder` layers of the encoder, features of `feature_layers`."""
-    return copy.deepcopy(_master(family, dtype, layers, tied, deepstack, encoder, feature_layers))
+    """A fresh model, the same on every rank; `encoder` layers of the encoder, features of `feature_layers`,
+    `key_heads` heads of keys and values."""
+    return copy.deepcopy(_master(family, dtype, layers, tied, deepstack, encoder, feature_layers, key_heads))
 
 
 def plan(

@@ -34,15 +34,15 @@ def run(family: str, layout: p.Layout, dtype: torch.dtype, expected: Any, **sett
 
 
 def reference(
-    worlds: p.Worlds, family: str, dtype: torch.dtype, tied: bool = False, encoder: int = 0, **settings: Any
+    worlds: p.Worlds, family: str, dtype: torch.dtype, tied: bool = False, text_only: bool = False, **settings: Any
 ) -> Any:
     """The stock model's step, computed by rank 0 and told to all."""
     collate = p.casting(p.collator(family), dtype)
-    cells = p.cells_of(family, **settings)
+    cells = p.cells_of(family, text_only=text_only)
     told = None
     if worlds.rank == 0:
         labels = p.shape_of(family, [[cell] for cell in cells], collate).label_tokens
-        stock = p.model(family, dtype, tied=tied, encoder=encoder)
+        stock = p.model(family, dtype, tied=tied, **settings)
         loss, gradients = p.stock_gradients(stock, cells, collate, labels)
         told = (
             loss,
