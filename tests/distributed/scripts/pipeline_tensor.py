@@ -72,6 +72,10 @@ def run(name: str, expected: Any, dtype: torch.dtype, check: bool = True) -> flo
         family, dtype, plan.vision.tp, tied=expected["tied"], encoder=len(plan.vision.layers) * (plan.vision.pp > 1)
     )
     pipe = PipelineModel.from_model(model, plan=plan, check=check)
+    assert (pipe.shards is not None) == (
+        pipe.place.shard > 0 or len(pipe.topology.shards(pipe.place.stages[0], 0)) > 1
+    )
+    assert pipe.shards is None or any(map(pipe.shards.is_split, dict(pipe.named_parameters())))
     shape = p.shape_of(family, dealt, expected["collate"])
     result = pipe.step(p.batch_of(pipe, dealt, shape, expected["collate"]))
     assert result.label_tokens == shape.label_tokens
