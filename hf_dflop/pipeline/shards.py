@@ -150,7 +150,7 @@ class Shards:
             finally:
                 module._parameters.update(plain)
 
-        module.forward = forward  # type: ignore[method-assign]
+        module.forward = forward
 
     def _as_dtensor(self, share: Any, layout: _Layout) -> Any:
         stride = torch.empty(layout.shape, device="meta").stride()

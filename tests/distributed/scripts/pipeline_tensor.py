@@ -1,5 +1,5 @@
 """Gradients through a pipeline whose stages are split over tensor-parallel ranks, against the stock model; what is
-refused, and controls that must fail. Arguments: "suite", or names of cases (comma separated)."""
+refused, and controls that must fail. Arguments: "suite", "all", or names of cases (comma separated)."""
 
 import sys
 import time
@@ -46,6 +46,11 @@ CASES: dict[str, tuple[str, p.Layout, dict[str, Any]]] = {
     "qwen3_vl tp2": ("qwen3_vl", (2, 1, 1), {"tp": 2}),
     "qwen3_vl_moe tp2": ("qwen3_vl_moe", (1, 2, 1), {"tp": 2}),
 }
+SUITE = (
+    "llava tp2 dp2", "llava zero bubble", "llava colocated", "llava encoder tp2", "qwen2_5_vl pp2 tp2", "gemma3 tp2",
+    "qwen3_vl_moe tp2",
+)  # fmt: skip
+"""Of them, what the test suite runs."""
 
 
 def build(family: str, dtype: torch.dtype, vision_tp: int, **settings: Any) -> Any:
@@ -109,7 +114,7 @@ def controls(expected: Any) -> None:
 
 if __name__ == "__main__":
     worlds = p.Worlds()
-    names = list(CASES) if sys.argv[1] == "suite" else sys.argv[1].split(",")
+    names = {"suite": list(SUITE), "all": list(CASES)}.get(sys.argv[1]) or sys.argv[1].split(",")
     references: dict[Any, Any] = {}
     for name in names:
         start = time.perf_counter()
