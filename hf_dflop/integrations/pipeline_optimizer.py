@@ -8,6 +8,7 @@ Assumption: the optimizer updates each parameter by itself, as all of torch.opti
 parameters of all groups together (LBFGS, Prodigy) would see those of one rank alone.
 """
 
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import nn
 from hf_dflop.errors import TrainerError
 from hf_dflop.pipeline import PipelineModel
 
-__all__ = ["keep_share", "names_of"]
+__all__ = ["check_by_number", "keep_share", "names_of"]
 
 
 def names_of(model: nn.Module) -> dict[nn.Parameter, list[str]]:
@@ -87,6 +88,38 @@ def keep_share(optimizer: Any, names: Mapping[nn.Parameter, list[str]], pipe: Pi
     if state:
         optimizer.load_state_dict(optimizer.state_dict())  # moves the state to the parameters' device
     return optimizer
+
+
+def check_by_number(optimizer: torch.optim.Optimizer, pipe: PipelineModel) -> None:
+    """Where parameters are split over tensor-parallel ranks, try whether the optimizer moves a part of a matrix as it
+    moves the whole.
+
+    Raises:
+        TrainerError: it does not (Adafactor, Muon: they look at rows and columns).
+    """
+    if pipe.shards is None:
+        return
+    device = pipe.wire.device
+    with torch.random.fork_rng([]):
+        start, grad = torch.randn(2, 64, 64, generator=torch.Generator().manual_seed(0)).to(device)
+    for group in optimizer.param_groups:
+        moved = []
+        for rows in (slice(0, 64), slice(0, 32)):
+            twin: Any = object.__new__(type(optimizer))
+            tried = nn.Parameter(start[rows].clone())
+            options = {key: value for key, value in group.items() if key not in ("params", "param_names")}
+            vars(twin).update(vars(optimizer), state=defaultdict(dict))
+            twin.param_groups = [{**options, "params": [tried], "lr": 0.1}]  # a schedule may begin with 0
+            for scale in (1.0, -0.5):
+                tried.grad = grad[rows] * scale
+                type(optimizer).step(twin)
+            moved.append(tried.detach()[:32])
+        if not torch.allclose(*moved, rtol=1e-5, atol=1e-6):
+            raise TrainerError(
+                f"{type(optimizer).__name__} moves a part of a matrix in another way than the whole, and llm.tp or "
+                "vision.tp gives each rank a part: use tp=1, or an optimizer that updates each number by itself, such "
+                "as AdamW."
+            )
 
 
 def _share(pipe: PipelineModel, name: str, value: Any) -> Any:
