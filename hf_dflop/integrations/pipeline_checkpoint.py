@@ -56,14 +56,36 @@ def _to_disk(path: Path) -> None:
 
 
 def save_optimizer(pipe: PipelineModel, optimizer: Any, folder: str) -> None:
-    """The first replica of each column writes the state of its parameters, under their names."""
+    """The first replica of each column writes the state of its parameters, whole, under their names.
+
+    Raises:
+        TrainerError: state of a tensor-parallel share is not of the share's shape.
+    """
     if pipe.place.replica:
         return
-    names = {parameter: name for name, parameter in pipe.named_parameters()}
     plain = getattr(optimizer, "optimizer", optimizer)
-    state = {names[parameter]: values for parameter, values in plain.state.items()}
+    state = {}
+    for name, parameter in pipe.named_parameters():
+        if parameter in plain.state:
+            state[name] = {
+                key: _whole(pipe, name, key, parameter, value) for key, value in plain.state[parameter].items()
+            }
+    if pipe.place.shard:
+        return
     groups = [{key: value for key, value in group.items() if key != "params"} for group in plain.param_groups]
     torch.save({"state": state, "groups": groups}, os.path.join(folder, _FILE.format(column=pipe.place.column)))
+
+
+def _whole(pipe: PipelineModel, name: str, key: str, parameter: Any, value: Any) -> Any:
+    if pipe.shards is None or not pipe.shards.is_split(name) or not torch.is_tensor(value) or value.ndim == 0:
+        return value
+    if value.shape != parameter.shape:
+        raise TrainerError(
+            f"the optimizer's {key} of {name} has the shape {tuple(value.shape)}, and this rank's share "
+            f"{tuple(parameter.shape)}: it cannot be joined over tensor-parallel ranks. Use an optimizer that updates "
+            "each number by itself, such as AdamW."
+        )
+    return pipe.whole(name, value).cpu()
 
 
 def load_optimizer(pipe: PipelineModel, optimizer: Any, folder: str) -> None:
@@ -103,7 +125,8 @@ def load_optimizer(pipe: PipelineModel, optimizer: Any, folder: str) -> None:
             values = state.get(name, state.get(stand_in.get(name, "")))
             if values is not None:
                 found[place] = {
-                    key: value.clone() if torch.is_tensor(value) else value for key, value in values.items()
+                    key: pipe.share(name, value).clone() if torch.is_tensor(value) else value
+                    for key, value in values.items()
                 }
         packed.append({**options, "params": places})
     plain.load_state_dict({"state": found, "param_groups": packed})
@@ -135,4 +158,4 @@ def load_weights(pipe: PipelineModel, folder: str) -> None:
         raise TrainerError(f"{folder} lacks {missing[0]} ({len(missing)} parameters); it is of another model.")
     with torch.no_grad():
         for name, value in own.items():
-            value.copy_(state[name])
+            value.copy_(pipe.share(name, state[name]))

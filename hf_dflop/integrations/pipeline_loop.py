@@ -20,7 +20,7 @@ from hf_dflop.errors import TrainerError
 from hf_dflop.integrations.pipeline_accelerator import put_right
 from hf_dflop.integrations.pipeline_checks import check_accelerator, check_dataset
 from hf_dflop.integrations.pipeline_data import CallSampler, join_slots, make_slots
-from hf_dflop.integrations.pipeline_optimizer import keep_share, names_of
+from hf_dflop.integrations.pipeline_optimizer import check_by_number, keep_share, names_of
 from hf_dflop.pipeline import PipelineModel
 from hf_dflop.plan import Plan
 
@@ -114,7 +114,9 @@ def prepare(
         pipe = PipelineModel.from_model(model, plan=plan, device=accelerator.device, autocast=autocast, check=check)
     pipe._is_accelerate_prepared = True  # accelerate then leaves it as it is: no DDP around it
     pipe.loss_factor = float(calls)
-    ours = AcceleratedOptimizer(keep_share(optimizer, names, pipe), device_placement=False)
+    kept = keep_share(optimizer, names, pipe)
+    check_by_number(kept, pipe)
+    ours = AcceleratedOptimizer(kept, device_placement=False)
     rows, slots = make_slots(
         stock,
         pipe,

@@ -8,6 +8,7 @@ Assumption: the optimizer updates each parameter by itself, as all of torch.opti
 parameters of all groups together (LBFGS, Prodigy) would see those of one rank alone.
 """
 
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,8 +16,9 @@ import torch
 from torch import nn
 
 from hf_dflop.errors import TrainerError
+from hf_dflop.pipeline import PipelineModel
 
-__all__ = ["keep_share", "names_of"]
+__all__ = ["check_by_number", "keep_share", "names_of"]
 
 
 def names_of(model: nn.Module) -> dict[nn.Parameter, list[str]]:
@@ -27,7 +29,7 @@ def names_of(model: nn.Module) -> dict[nn.Parameter, list[str]]:
     return names
 
 
-def keep_share(optimizer: Any, names: Mapping[nn.Parameter, list[str]], pipe: nn.Module) -> torch.optim.Optimizer:
+def keep_share(optimizer: Any, names: Mapping[nn.Parameter, list[str]], pipe: PipelineModel) -> torch.optim.Optimizer:
     """The optimizer of this rank.
 
     Args:
@@ -35,7 +37,7 @@ def keep_share(optimizer: Any, names: Mapping[nn.Parameter, list[str]], pipe: nn
             Built on the model before it was cut (changed in place), or a class or function that makes one from an
             iterable of parameters.
         names (`Mapping`): [`names_of`] the model before it was cut.
-        pipe (`nn.Module`): this rank's share.
+        pipe ([`PipelineModel`]): this rank's share.
 
     Raises:
         TrainerError: it is neither, is wrapped already, has parameters of another model, or keeps parameters where
@@ -75,12 +77,53 @@ def keep_share(optimizer: Any, names: Mapping[nn.Parameter, list[str]], pipe: nn
         if "param_names" in group:
             group["param_names"] = [group["param_names"][place] for place in kept]
         group["params"] = [stays[group["params"][place]] for place in kept]
-    state = {stays[parameter]: values for parameter, values in optimizer.state.items() if parameter in stays}
+    kept_names = {parameter: name for name, parameter in own.items()}
+    state = {
+        stays[parameter]: {key: _share(pipe, kept_names[stays[parameter]], value) for key, value in values.items()}
+        for parameter, values in optimizer.state.items()
+        if parameter in stays
+    }
     optimizer.state.clear()
     optimizer.state.update(state)
     if state:
         optimizer.load_state_dict(optimizer.state_dict())  # moves the state to the parameters' device
     return optimizer
+
+
+def check_by_number(optimizer: torch.optim.Optimizer, pipe: PipelineModel) -> None:
+    """Where parameters are split over tensor-parallel ranks, try whether the optimizer moves a part of a matrix as it
+    moves the whole.
+
+    Raises:
+        TrainerError: it does not (Adafactor, Muon: they look at rows and columns).
+    """
+    if pipe.shards is None:
+        return
+    device = pipe.wire.device
+    with torch.random.fork_rng([]):
+        start, grad = torch.randn(2, 64, 64, generator=torch.Generator().manual_seed(0)).to(device)
+    for group in optimizer.param_groups:
+        moved = []
+        for rows in (slice(0, 64), slice(0, 32)):
+            twin: Any = object.__new__(type(optimizer))
+            tried = nn.Parameter(start[rows].clone())
+            options = {key: value for key, value in group.items() if key not in ("params", "param_names")}
+            vars(twin).update(vars(optimizer), state=defaultdict(dict))
+            twin.param_groups = [{**options, "params": [tried], "lr": 0.1}]  # a schedule may begin with 0
+            for scale in (1.0, -0.5):
+                tried.grad = grad[rows] * scale
+                type(optimizer).step(twin)
+            moved.append(tried.detach()[:32])
+        if not torch.allclose(*moved, rtol=1e-5, atol=1e-6):
+            raise TrainerError(
+                f"{type(optimizer).__name__} moves a part of a matrix in another way than the whole, and llm.tp or "
+                "vision.tp gives each rank a part: use tp=1, or an optimizer that updates each number by itself, such "
+                "as AdamW."
+            )
+
+
+def _share(pipe: PipelineModel, name: str, value: Any) -> Any:
+    return pipe.share(name, value) if torch.is_tensor(value) else value
 
 
 def _check_groups_only(optimizer: torch.optim.Optimizer) -> None:

@@ -33,6 +33,7 @@ from hf_dflop.integrations.pipeline_checkpoint import (
 )
 from hf_dflop.integrations.pipeline_checks import check_arguments, check_dataset, check_pieces
 from hf_dflop.integrations.pipeline_data import join_slots, make_slots, slot_loader
+from hf_dflop.integrations.pipeline_optimizer import check_by_number
 from hf_dflop.integrations.pipeline_trace import TraceSteps
 from hf_dflop.pipeline import PipelineModel, StepBatch
 from hf_dflop.pipeline.loss import count_label_tokens
@@ -153,6 +154,12 @@ class PipelineTrainerMixin:
             slots.append(slot)
         self._slots, self._slots_left = [], len(slots)
         return slots, None
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """The optimizer of `TrainingArguments`; refused where it would not be exact, see `check_by_number`."""
+        made = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
+        check_by_number(made, self.pipe)
+        return made
 
     # A step ---------------------------------------------------------------------------------------------------------
 

@@ -4,14 +4,12 @@ In: the model's class and config, the plan, the text inputs of a real microbatch
 nothing, or `ModelError` with what differs. Everything is in one process, on the CPU, in float64, and takes about as
 long as building a model of a few million weights.
 
-The copy has the real class, layers, kinds of layers, head size and plan; hidden size, width of MLPs and vocabulary are
-small. Features are random. So masks, positions, scaled embeddings, features of several depths and the loss are
+The copy is that of `small_llm`. So masks, positions, scaled embeddings, features of several depths and the loss are
 tried on what the model's own code makes of them. The encoder is one stage, run by its own code: nothing to try.
 
 Assumption: what is exact at a small size is exact at the real one.
 """
 
-import copy
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -21,20 +19,16 @@ from torch import nn
 
 from hf_dflop.errors import ModelError
 from hf_dflop.pipeline.features import FeatureFormat, unflatten
-from hf_dflop.pipeline.shell import Foreign
+from hf_dflop.pipeline.small_llm import small_copy, small_features, small_inputs
 from hf_dflop.pipeline.split import LlmPart, build_part
 from hf_dflop.pipeline.structure import Structure, read_structure
 from hf_dflop.plan.plan import Plan
 
-__all__ = ["check_chain"]
+__all__ = ["check_chain", "run_whole"]
 
 logger = logging.getLogger(__name__)
 
-_VOCABULARY = 512
-_RESERVED = 64
-_WIDTH = 32
 _TOLERANCE = 1e-9
-_WIDTHS = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size", "ffn_hidden_size")
 
 
 def check_chain(
@@ -61,11 +55,11 @@ def check_chain(
     if plan.llm.num_stages == 1 and form is None:
         return
     try:
-        small, ids = _small_copy(model_class, config, structure.tied)
-        text = _small_inputs(inputs, ids)
-        small_form, features = _features(small, form if num_features else None, num_features)
+        small, ids = small_copy(model_class, config, structure.tied)
+        text = small_inputs(inputs, ids)
+        small_form, features = small_features(small, form if num_features else None, num_features)
         with torch.random.fork_rng([]):
-            whole = _whole(small, text, features, small_form)
+            whole = run_whole(small, text, features, small_form)
     except Exception as error:
         logger.warning(
             "the stages could not be tried on a small copy of %s (%s: %s); the pipeline runs unchecked.",
@@ -87,92 +81,6 @@ Found = tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]
 """Gradients, the loss divided by one, the loss divided by two."""
 
 
-def _small_copy(model_class: Any, config: Any, tied: bool) -> tuple[Any, dict[int, int]]:
-    small = copy.deepcopy(config)
-    text = small.get_text_config()
-    heads, hidden = text.num_attention_heads, text.hidden_size
-    key_heads = getattr(text, "num_key_value_heads", None) or heads
-    head_size = getattr(text, "head_dim", None) or hidden // heads
-    text.num_attention_heads, text.hidden_size = 2, 2 * head_size
-    if getattr(text, "num_key_value_heads", None) is not None:
-        text.num_key_value_heads = 1 if key_heads < heads else 2
-    for name in _WIDTHS:
-        if isinstance(getattr(text, name, None), int):
-            setattr(text, name, _WIDTH)
-    ids = _reserve(small, text)
-    text.vocab_size = _VOCABULARY
-    if "flash" in (small._attn_implementation or ""):
-        small._attn_implementation = "sdpa"  # on the CPU; the masks mean the same
-    small._experts_implementation = "eager"  # grouped kernels know no float64
-    with torch.device("meta"):
-        whole = model_class(small).double()
-    structure = read_structure(whole)
-    decoder = type(whole.get_submodule(structure.decoder))(text).double()
-    _put(whole, structure.decoder, decoder)
-    for name in structure.encoder:
-        _put(whole, name, Foreign())
-    generator = torch.Generator().manual_seed(0)
-    for name in structure.head:
-        whole.get_submodule(name).to_empty(device="cpu")
-    for parameter in whole.parameters():
-        if parameter.ndim > 1 and not parameter.is_meta:
-            with torch.no_grad():
-                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-                parameter.copy_(noise * parameter.shape[-1] ** -0.5)
-    if tied:
-        whole.get_output_embeddings().weight = whole.get_input_embeddings().weight
-    return whole.eval(), ids
-
-
-def _put(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, leaf = name.rpartition(".")
-    model.get_submodule(parent)._modules[leaf] = module
-
-
-def _reserve(config: Any, text: Any) -> dict[int, int]:
-    """Token ids that the config names, moved into the small vocabulary; returns old -> new."""
-    ids: dict[int, int] = {}
-    for part in {id(config): config, id(text): text}.values():
-        for name, value in list(vars(part).items()):
-            if not name.endswith(("_token_id", "_token_index")):
-                continue
-            if isinstance(value, int):
-                setattr(part, name, ids.setdefault(value, _VOCABULARY - 1 - len(ids)))
-            elif isinstance(value, list) and all(isinstance(v, int) for v in value):
-                setattr(part, name, [ids.setdefault(v, _VOCABULARY - 1 - len(ids)) for v in value])
-    return ids
-
-
-def _small_inputs(inputs: Mapping[str, Any], ids: Mapping[int, int]) -> dict[str, Any]:
-    given = {key: _double(value) for key, value in inputs.items()}
-    tokens = given["input_ids"].cpu()
-    small = tokens % (_VOCABULARY - _RESERVED)
-    for old, new in ids.items():
-        small[tokens == old] = new
-    given["input_ids"] = small
-    given["labels"] = small.clone()
-    return given
-
-
-def _double(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        value = value.detach().cpu()
-        return value.double() if value.is_floating_point() else value
-    if isinstance(value, Mapping):
-        return {key: _double(part) for key, part in value.items()}
-    return value
-
-
-def _features(model: Any, form: FeatureFormat | None, rows: int) -> tuple[FeatureFormat | None, torch.Tensor | None]:
-    if form is None:
-        return None, None
-    width = int(model.config.get_text_config().hidden_size)
-    trailing = None if form.trailing is None else (*form.trailing[:-1], width)
-    small = FeatureFormat(width=width, trailing=trailing, extras=form.extras)
-    generator = torch.Generator().manual_seed(1)
-    return small, torch.randn(rows, small.sent_width, generator=generator, dtype=torch.float64)
-
-
 def _grads(model: nn.Module, features: torch.Tensor | None) -> dict[str, torch.Tensor]:
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     if features is not None and features.grad is not None:
@@ -180,7 +88,8 @@ def _grads(model: nn.Module, features: torch.Tensor | None) -> dict[str, torch.T
     return grads
 
 
-def _whole(model: Any, text: Mapping[str, Any], features: torch.Tensor | None, form: FeatureFormat | None) -> Found:
+def run_whole(model: Any, text: Mapping[str, Any], features: torch.Tensor | None, form: FeatureFormat | None) -> Found:
+    """One process's forward and backward of the copy; what is in `.grad` before is overwritten, and cleared."""
     losses = []
     for divisor in (2.0, 1.0):
         model.zero_grad()

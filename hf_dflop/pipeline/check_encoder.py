@@ -16,15 +16,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
 
 from hf_dflop.errors import ModelError
 from hf_dflop.pipeline.encoder import VisionPart
 from hf_dflop.pipeline.features import flatten, read_format
+from hf_dflop.pipeline.small_llm import to_double
 from hf_dflop.pipeline.split import build_part, read_cut
 from hf_dflop.plan.plan import ModulePlan, Plan
 
-__all__ = ["check_encoder", "compare_encoder"]
+__all__ = ["check_encoder", "compare_encoder", "small_encoder"]
 
 _TOLERANCE = 1e-9
 _HEADS, _HEAD_SIZE = 2, 16
@@ -46,8 +46,8 @@ def check_encoder(model_class: Any, config: Any, plan: Plan, inputs: Mapping[str
     """
     name = model_class.__name__
     try:
-        small = _small_copy(model_class, config)
-        given = {key: _double(value) for key, value in inputs.items()}
+        small = small_encoder(model_class, config)
+        given = {key: to_double(value) for key, value in inputs.items()}
         stages = Plan(vision=ModulePlan(layers=plan.vision.layers), llm=ModulePlan(layers=(1,)), num_microbatches=1)
         compare_encoder(small, stages, given)
     except ModelError:
@@ -114,23 +114,25 @@ def _same(found: torch.Tensor, expected: torch.Tensor, scale: float) -> bool:
     return float((found - expected).detach().abs().max()) <= _TOLERANCE * scale
 
 
-def _small_copy(model_class: Any, config: Any) -> nn.Module:
+def small_encoder(model_class: Any, config: Any, *, degree: int = 1) -> Any:
+    """A small copy of the model, whose LLM is a stub, the same in every process; with heads for `degree`
+    tensor-parallel ranks."""
     small = copy.deepcopy(config)
     text = small.get_text_config()
-    _resize(text)
+    _resize(text, degree)
     text.vocab_size, text.num_hidden_layers = 512, 1
     if getattr(text, "num_key_value_heads", None) is not None:
-        text.num_key_value_heads = _HEADS
+        text.num_key_value_heads = _HEADS * degree
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[:1]
     vision = small.vision_config
-    _resize(vision)
+    _resize(vision, degree)
     for key in ("out_hidden_size", "projection_dim"):
         if hasattr(vision, key):
-            setattr(vision, key, _HIDDEN)
+            setattr(vision, key, _HIDDEN * degree)
     for key in ("projection_dim", "hidden_size"):
         if isinstance(vars(small).get(key), int):
-            setattr(small, key, _HIDDEN)
+            setattr(small, key, _HIDDEN * degree)
     if "flash" in (small._attn_implementation or ""):
         small._attn_implementation = "sdpa"  # on the CPU; the masks mean the same
     with torch.random.fork_rng([]):
@@ -143,14 +145,7 @@ def _small_copy(model_class: Any, config: Any) -> nn.Module:
     return built
 
 
-def _resize(config: Any) -> None:
+def _resize(config: Any, degree: int) -> None:
     for key, size in _SIZES.items():
         if isinstance(vars(config).get(key), int):
-            setattr(config, key, size)
-
-
-def _double(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        value = value.detach().cpu()
-        return value.double() if value.is_floating_point() else value
-    return value
+            setattr(config, key, size if key == "head_dim" else size * degree)

@@ -19,22 +19,29 @@ __all__ = ["gather_state_dict", "save_stock"]
 
 def gather_state_dict(pipe: "PipelineModel") -> dict[str, torch.Tensor]:
     """All ranks call it; rank 0 gets parameters and buffers of the whole model, on the CPU, others nothing."""
-    rank = pipe.place.rank
+    rank, topology = pipe.place.rank, pipe.topology
     own = {} if pipe.place.replica else {name: value.detach() for name, value in pipe.state_dict().items()}
+    shapes = {
+        name: tuple(value.shape if pipe.shards is None else pipe.shards.whole_shape(name, value))
+        for name, value in own.items()
+    }
+    names = [(name, shapes[name], str(value.dtype).removeprefix("torch.")) for name, value in own.items()]
     listed: list[Any] = [None] * pipe.plan.num_ranks
-    names = [(name, tuple(value.shape), str(value.dtype).removeprefix("torch.")) for name, value in own.items()]
-    dist.all_gather_object(listed, names)
+    dist.all_gather_object(listed, names if pipe.place.shard == 0 else [])
     gathered: dict[str, torch.Tensor] = {}
     for source, entries in enumerate(listed):
+        place = topology.place(source)
+        has_share = rank in topology.shards(place.stages[-1], place.replica)
         for name, shape, dtype in entries:
-            if rank == 0 and source == 0:
-                gathered[name] = own[name].cpu()
-            elif rank == 0:
-                buffer = torch.empty(shape, dtype=getattr(torch, dtype), device=pipe.wire.device)
-                dist.recv(buffer, src=source)
-                gathered.setdefault(name, buffer.cpu())
-            elif rank == source:
-                dist.send(own[name].contiguous(), dst=0)
+            value = pipe.whole(name, own[name]) if has_share else None
+            if rank == source and rank:
+                assert value is not None
+                dist.send(value.contiguous(), dst=0)
+            elif rank == 0 and source:
+                value = torch.empty(shape, dtype=getattr(torch, dtype), device=pipe.wire.device)
+                dist.recv(value, src=source)
+            if rank == 0 and value is not None:
+                gathered.setdefault(name, value.cpu())
     return gathered
 
 

@@ -5,14 +5,14 @@ included: where no replica has a gradient the parameter keeps none, so that the 
 would move it otherwise), as in the stock run.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-__all__ = ["clip_gradients", "same_everywhere", "squared_norm", "sum_gradients"]
+__all__ = ["clip_gradients", "same_everywhere", "squared_norm", "sum_gradients", "take_first"]
 
 BUCKET_BYTES = 64 * 2**20
 
@@ -29,12 +29,23 @@ def sum_gradients(parameters: Sequence[nn.Parameter], group: Any) -> None:
     for parameter in with_grad:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    for bucket in _buckets([p.grad for p in with_grad if p.grad is not None]):
+    _in_buckets(with_grad, lambda flat: dist.all_reduce(flat, group=group))
+
+
+def take_first(parameters: Sequence[nn.Parameter], group: Any) -> None:
+    """All ranks of `group` take the first one's gradients, of which they have the same."""
+    source = dist.get_global_rank(group, 0)
+    _in_buckets(parameters, lambda flat: dist.broadcast(flat, source, group=group))
+
+
+def _in_buckets(parameters: Iterable[nn.Parameter], communicate: Callable[[torch.Tensor], Any]) -> None:
+    """Run a collective in place on the gradients, several small ones at once."""
+    for bucket in _buckets([p.grad for p in parameters if p.grad is not None]):
         if len(bucket) == 1 and bucket[0].is_contiguous():
-            dist.all_reduce(bucket[0], group=group)
+            communicate(bucket[0])
             continue
         flat = torch.cat([grad.reshape(-1) for grad in bucket])
-        dist.all_reduce(flat, group=group)
+        communicate(flat)
         at = 0
         for grad in bucket:
             grad.copy_(flat[at : at + grad.numel()].view_as(grad))
@@ -78,14 +89,15 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, norm: to
             parameter.grad.mul_(coefficient.to(parameter.grad.dtype))
 
 
-def same_everywhere(parameters: Sequence[nn.Parameter], group: Any) -> bool:
-    """Whether the ranks of `group` hold the same values, by a sum and a sum of squares of each parameter."""
+def same_everywhere(parameters: Sequence[nn.Parameter], group: Any, device: torch.device) -> bool:
+    """Whether the ranks of `group` hold the same values, by a sum and a sum of squares of each parameter; `device` is
+    one of which the group sends tensors."""
     if not parameters or dist.get_world_size(group) == 1:
         return True
     sums = torch.stack(
         [s for p in parameters for s in (p.detach().double().sum(), p.detach().double().square().sum())]
     )
-    extremes = torch.cat([sums, -sums])
+    extremes = torch.cat([sums, -sums]).to(device)
     dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
     most, least = extremes[: sums.numel()], -extremes[sums.numel() :]
     return bool(torch.equal(most, least))

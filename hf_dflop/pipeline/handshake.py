@@ -8,12 +8,13 @@ several stages, the first of them does, too).
 Assumption: the format does not change between microbatches.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from hf_dflop.errors import ModelError, ShapeMismatchError
+from hf_dflop.errors import ModelError, PlanError, ShapeMismatchError
 from hf_dflop.pipeline.batch import StepBatch
 from hf_dflop.pipeline.bridge import Route
 from hf_dflop.pipeline.encoder import VisionPart
@@ -22,7 +23,7 @@ from hf_dflop.pipeline.stage import RaggedStage
 from hf_dflop.pipeline.topology import Place, Topology
 from hf_dflop.pipeline.wire import Wire
 
-__all__ = ["agree_on_encoder", "agree_on_format", "agree_on_stages"]
+__all__ = ["agree_on_encoder", "agree_on_format", "agree_on_stages", "all_try"]
 
 
 def agree_on_format(
@@ -43,7 +44,7 @@ def agree_on_format(
     )
     source = topology.rank(topology.first_llm_stage - 1, replica)
     told: list[dict] = [{}]
-    if place.rank == source:
+    if place.rank in topology.shards(topology.first_llm_stage - 1, replica):
         assert vision is not None
         try:
             told = [_probe(batch, routes[microbatch].encoder_rows[replica], microbatch, wire, vision)]
@@ -73,9 +74,15 @@ def _probe(batch: StepBatch, rows: int, microbatch: int, wire: Wire, vision: Rag
 
 
 def agree_on_stages(
-    batch: StepBatch, topology: Topology, place: Place, check: Callable[..., None], form: FeatureFormat | None
+    batch: StepBatch,
+    topology: Topology,
+    place: Place,
+    check: Callable[..., None],
+    form: FeatureFormat | None,
+    *,
+    all_shards: bool = False,
 ) -> None:
-    """All ranks call it; one tries the stages on a small copy of the model.
+    """All ranks call it; one tries the stages on a small copy of the model, or all tensor-parallel ones together.
 
     Raises:
         ModelError: the stages are not exact (on every rank).
@@ -89,20 +96,27 @@ def agree_on_stages(
     if not cells:
         return
     _, _, microbatch, replica = min(cells)  # the shortest with images
-    source = topology.rank(topology.first_llm_stage, replica)
+    sources = topology.shards(topology.first_llm_stage, replica)
 
     def tried() -> None:
         inputs = batch.text[microbatch]
         assert inputs is not None
         check(inputs, batch.shape.microbatches[microbatch][replica].num_features, form)
 
-    _one_tries(source, place, tried)
+    _some_try(sources if all_shards else sources[:1], place, tried)
 
 
 def agree_on_encoder(
-    batch: StepBatch, routes: tuple[Route, ...], topology: Topology, place: Place, check: Callable[..., None]
+    batch: StepBatch,
+    routes: tuple[Route, ...],
+    topology: Topology,
+    place: Place,
+    check: Callable[..., None],
+    *,
+    all_shards: bool = False,
 ) -> None:
-    """All ranks call it; one tries the encoder's stages on a small copy of the model.
+    """All ranks call it; one tries the encoder's stages on a small copy of the model, or all tensor-parallel ones
+    together.
 
     Raises:
         ModelError: the stages are not exact (on every rank).
@@ -116,17 +130,27 @@ def agree_on_encoder(
             raise ModelError("the shapes announce rows of image features, but no pixels were given.")
         check(inputs)
 
-    _one_tries(topology.rank(0, replica), place, tried)
+    sources = topology.shards(0, replica)
+    _some_try(sources if all_shards else sources[:1], place, tried)
 
 
-def _one_tries(source: int, place: Place, tried: Callable[[], None]) -> None:
-    told: list[str] = [""]
-    if place.rank == source:
-        try:
+def all_try(tried: Callable[[], None]) -> None:
+    """All ranks call it; what one finds wrong with the model or the plan is raised on all."""
+    told: list[Any] = [None] * dist.get_world_size()
+    found = None
+    try:
+        tried()
+    except (ModelError, PlanError) as error:
+        found = (type(error).__name__, str(error))
+    dist.all_gather_object(told, found)
+    for kind, message in filter(None, told):
+        raise (PlanError if kind == "PlanError" else ModelError)(message)
+
+
+def _some_try(sources: Collection[int], place: Place, tried: Callable[[], None]) -> None:
+    def try_here() -> None:
+        if place.rank in sources:
             with torch.random.fork_rng([]):  # building a model draws numbers; a resumed run must not see it
                 tried()
-        except ModelError as error:
-            told = [str(error)]
-    dist.broadcast_object_list(told, src=source)
-    if told[0]:
-        raise ModelError(told[0])
+
+    all_try(try_here)

@@ -22,19 +22,22 @@ from hf_dflop.pipeline.batch import StepBatch, StepResult
 from hf_dflop.pipeline.bridge import Route, route_step
 from hf_dflop.pipeline.check import check_chain
 from hf_dflop.pipeline.check_encoder import check_encoder
+from hf_dflop.pipeline.check_tensor import check_tensor_encoder, check_tensor_llm
 from hf_dflop.pipeline.checkpoint import gather_state_dict, save_stock
 from hf_dflop.pipeline.deferred import PipelineOutput, deferred_call
 from hf_dflop.pipeline.features import FeatureFormat
 from hf_dflop.pipeline.grads import clip_gradients, same_everywhere, squared_norm, sum_gradients
 from hf_dflop.pipeline.groups import new_group
-from hf_dflop.pipeline.handshake import agree_on_encoder, agree_on_format, agree_on_stages
+from hf_dflop.pipeline.handshake import agree_on_encoder, agree_on_format, agree_on_stages, all_try
 from hf_dflop.pipeline.loss import count_label_tokens, sum_losses
 from hf_dflop.pipeline.recorder import StepRecorder
 from hf_dflop.pipeline.schedule import fits_plan, make_runtime, note_receives
 from hf_dflop.pipeline.setup import checkpoint_layers, freeze, is_reentrant
+from hf_dflop.pipeline.shards import Shards
 from hf_dflop.pipeline.shell import drop
 from hf_dflop.pipeline.split import build_part, foreign_names, owner_stage, read_cut
 from hf_dflop.pipeline.stage import RaggedStage
+from hf_dflop.pipeline.tensor_rules import tensor_rules
 from hf_dflop.pipeline.topology import Topology
 from hf_dflop.pipeline.wire import StageStep, Wire
 from hf_dflop.plan.actions import Kind, Order
@@ -75,6 +78,8 @@ class PipelineModel(nn.Module):
         self.topology = Topology(plan=plan)
         self.place = self.topology.place(dist.get_rank())
         self.structure = read_cut(model, plan)
+        self._tp_plan = dict(getattr(model, "tp_plan", None) or {})
+        rules = tensor_rules(model, self._tp_plan, self.structure, plan)
         freeze(model, self.structure, plan.frozen)
         checkpoint_layers(model, self.structure, vision=plan.vision.checkpointing, llm=plan.llm.checkpointing)
         self.config, self.model_class = model.config, type(model)
@@ -101,6 +106,11 @@ class PipelineModel(nn.Module):
         trainable = self._trainable(model)
         parts = {stage: build_part(model, self.structure, plan, stage) for stage in self.place.stages}
         drop(model, *foreign_names(self.structure, plan, self.place.stages))
+        self._copies_group = new_group(self.topology.copies())
+        self._tensor_group = new_group(self.topology.tensor_groups())
+        self._tie_group = new_group(self._ties())
+        same = self._same_over(model.parameters(), self._tensor_group)
+        self.shards = self._split(model, rules)
         for part in parts.values():
             part.to(self.wire.device)
         for name, child in model.named_children():
@@ -108,9 +118,7 @@ class PipelineModel(nn.Module):
         self._stages = [
             RaggedStage(part, stage, self.topology, self.place, trainable, self.wire) for stage, part in parts.items()
         ]
-        self._column_group = new_group(map(self.topology.column_ranks, range(self.topology.num_columns)))
-        self._tie_group = new_group(self._ties())
-        self._check_same_weights()
+        self._check_same_weights(same)
 
     @classmethod
     def from_model(cls, model: Any, *, plan: Plan, **settings: Any) -> "PipelineModel":
@@ -166,7 +174,20 @@ class PipelineModel(nn.Module):
         if not self.structure.tied or self.topology.stage_columns[first] == self.topology.stage_columns[last]:
             return []
         replicas = range(self.plan.llm.dp)
-        return [(self.topology.rank(first, replica), self.topology.rank(last, replica)) for replica in replicas]
+        ends = (zip(self.topology.shards(first, r), self.topology.shards(last, r), strict=True) for r in replicas)
+        return [pair for pairs in ends for pair in pairs]
+
+    def _split(self, model: nn.Module, rules: Mapping[str, str]) -> Shards | None:
+        """Take this rank's shares; what cannot be split is told on every rank."""
+        made: list[Shards] = []
+
+        def split() -> None:
+            if self._tensor_group is not None:
+                made.append(Shards(model, rules, self._tensor_group, self.wire.device))
+
+        if rules:
+            all_try(split)
+        return made[0] if made else None
 
     def _tied_weight(self) -> nn.Parameter:
         holder = self.get_submodule(self.structure.embedding) if self._embeds else self._head()
@@ -183,10 +204,13 @@ class PipelineModel(nn.Module):
             m for name in self.structure.head for m in self.get_submodule(name).modules() if hasattr(m, "weight")
         )
 
-    def _check_same_weights(self) -> None:
-        same = self._column_group is None or same_everywhere(list(self.parameters()), self._column_group)
+    def _same_over(self, parameters: Iterable[nn.Parameter], group: Any) -> bool:
+        return group is None or same_everywhere(list(parameters), group, self.wire.device)
+
+    def _check_same_weights(self, same: bool) -> None:
+        same &= self._same_over(self.parameters(), self._copies_group)
         if self._tie_group is not None:
-            same &= same_everywhere([self._tied_weight()], self._tie_group)
+            same &= self._same_over([self._tied_weight()], self._tie_group)
         agreed = torch.tensor(int(same), device=self.wire.device)
         dist.all_reduce(agreed, op=dist.ReduceOp.MIN)
         if not agreed.item():
@@ -279,6 +303,8 @@ class PipelineModel(nn.Module):
             )
         if backward and not self.needs_sum:
             self._set_aside()
+        if self.shards is not None and self.training:
+            self.shards.same_random()
         for stage, step in zip(self._stages, steps, strict=True):
             stage.begin(step)
         runtime._has_backward = backward
@@ -289,7 +315,9 @@ class PipelineModel(nn.Module):
             self.needs_sum = True
             if sync:
                 self.sum_gradients()
-        last = next((s for stage, s in zip(self._stages, steps, strict=True) if stage.is_last), None)
+        last = next(
+            (s for stage, s in zip(self._stages, steps, strict=True) if stage.is_last and self.place.shard == 0), None
+        )
         tokens = 0
         if last is not None:
             tokens = sum(count_label_tokens(t["labels"]) for t in batch.text if t is not None and "labels" in t)
@@ -315,12 +343,23 @@ class PipelineModel(nn.Module):
             if self._check and self.structure.stack is not None:
                 check_parts = partial(check_encoder, self.model_class, self.config, self.plan)
                 agree_on_encoder(batch, routes, self.topology, self.place, check_parts)
+            if self._check and self.plan.vision.tp > 1:
+                check = self._tensor_check(check_tensor_encoder, self.plan.vision.tp)
+                agree_on_encoder(batch, routes, self.topology, self.place, check, all_shards=True)
             vision = next((stage for stage in self._stages if stage.is_vision), None)
             self._form = agree_on_format(batch, routes, self.topology, self.place, self.wire, vision)
         if self._check and has_images not in self._checked and True not in self._checked:
             self._checked.add(has_images)
+            form = self._form if has_images else None
             check = partial(check_chain, self.model_class, self.config, self.structure, self.plan)
-            agree_on_stages(batch, self.topology, self.place, check, self._form if has_images else None)
+            agree_on_stages(batch, self.topology, self.place, check, form)
+            if self.plan.llm.tp > 1:
+                check = self._tensor_check(check_tensor_llm, self.plan.llm.tp, tied=self.structure.tied)
+                agree_on_stages(batch, self.topology, self.place, check, form, all_shards=True)
+
+    def _tensor_check(self, check: Any, degree: int, **settings: Any) -> Any:
+        fixed = (self.model_class, self.config, self._tp_plan, degree, self._tensor_group, self.wire.device)
+        return partial(check, *fixed, **settings)
 
     def _set_aside(self) -> None:
         """Keep gradients that were summed already apart, so that they are not summed twice."""
@@ -338,12 +377,15 @@ class PipelineModel(nn.Module):
         self.needs_sum = True
 
     def sum_gradients(self) -> None:
-        """Sum gradients over replicas and over the copies of tied embeddings; `step` calls it."""
+        """Sum gradients over replicas, over the copies of tied embeddings, and where tensor-parallel ranks have parts;
+        `step` calls it."""
         with contextlib.nullcontext() if self._recorder is None else self._recorder.summing():
-            if self._column_group is not None:
-                sum_gradients(list(self.parameters()), self._column_group)
+            if self._copies_group is not None:
+                sum_gradients(list(self.parameters()), self._copies_group)
             if self._tie_group is not None:
                 sum_gradients([self._tied_weight()], self._tie_group)
+            if self.shards is not None:
+                self.shards.settle(list(self.named_parameters()))
         for parameter, grad in self._earlier.items():
             parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
         self._earlier = {}
@@ -352,10 +394,22 @@ class PipelineModel(nn.Module):
     # What an optimizer loop needs -----------------------------------------------------------------------------------
 
     def counted_parameters(self) -> Iterator[nn.Parameter]:
-        """Parameters that this rank counts where every parameter of the model counts once, over all ranks."""
+        """Parameters (or shares) that this rank counts where the whole model counts once, over all ranks."""
         if self.place.replica == 0:
             skip = self._tied_weight() if self._tie_group is not None and not self._embeds else None
-            yield from (parameter for parameter in self.parameters() if parameter is not skip)
+            for name, parameter in self.named_parameters():
+                is_mine = self.place.shard == 0 or (self.shards is not None and self.shards.is_split(name))
+                if is_mine and parameter is not skip:
+                    yield parameter
+
+    def whole(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        """The whole parameter (or optimizer state of its shape) of which this rank's is `value`; with tensor
+        parallelism all ranks of a stage and replica call it."""
+        return value if self.shards is None else self.shards.whole(name, value)
+
+    def share(self, name: str, whole: torch.Tensor) -> torch.Tensor:
+        """What this rank has of a whole parameter, or of optimizer state of its shape."""
+        return whole if self.shards is None else self.shards.share(name, whole)
 
     def grad_norm(self) -> torch.Tensor:
         """2-norm of the gradients of the whole model, on every rank."""

@@ -8,6 +8,7 @@ What differs from torch's own stage:
 - Every microbatch has its own size, known on both sides, so nothing is negotiated; an output of another size stops
   with the numbers before it is sent.
 - The edge from the encoder has several peers, see `bridge`.
+- Tensor-parallel ranks of a stage have the same inputs and outputs: each receives the whole from one neighbour.
 - A replica without samples in a microbatch computes nothing and sends nothing.
 - An input that needs no gradient (text only, before anything trained) gets none. Where the backward is split, such a
   microbatch runs its whole backward in place of the weights' part: torch's split would lose the weights before the
@@ -67,7 +68,8 @@ class RaggedStage(_PipelineStageBase):
         super().__init__(part, stage, max(topology.num_stages, dist.get_world_size()), wire.device)
         self.num_stages = topology.num_stages
         self.group_rank, self.group_size = place.column, topology.num_columns
-        self.topology, self.replica, self.trainable, self.wire = topology, place.replica, trainable, wire
+        self.topology, self.place, self.trainable, self.wire = topology, place, trainable, wire
+        self.replica = place.replica
         self.first_llm_stage = topology.first_llm_stage
         self.is_vision = stage < self.first_llm_stage
         names = [id(parameter) for _, parameter in part.named_parameters(remove_duplicate=False)]
@@ -155,7 +157,8 @@ class RaggedStage(_PipelineStageBase):
         return [(self.replica, whole)]
 
     def _receive(self, stage: int, views: list[tuple[int, torch.Tensor]]) -> list[dist.P2POp]:
-        return [dist.P2POp(dist.irecv, view, self.topology.rank(stage, replica)) for replica, view in views]
+        shard = self.place.shard
+        return [dist.P2POp(dist.irecv, view, self.topology.sender(stage, replica, shard)) for replica, view in views]
 
     def _send(self, stage: int, microbatch: int, views: list[tuple[int, torch.Tensor]]) -> None:
         # Sent here, not by the runtime: that keeps every tensor that was sent until the step ends.
@@ -163,7 +166,12 @@ class RaggedStage(_PipelineStageBase):
         with nullcontext() if self.recorder is None else self.recorder.send(self.stage_index, kind, microbatch):
             while len(self._pending) >= _MAX_PENDING_SENDS:
                 self._wait_oldest()
-            works = [(dist.isend(view, self.topology.rank(stage, replica)), view) for replica, view in views]
+            own = self.topology.num_shards(self.stage_index)
+            works = [
+                (dist.isend(view, rank), view)
+                for replica, view in views
+                for rank in self.topology.receivers(stage, replica, self.place.shard, own)
+            ]
             self._pending.append((microbatch, works))
 
     def _wait_oldest(self) -> None:

@@ -82,6 +82,7 @@ def _master(
     deepstack: int,
     encoder: int,
     feature_layers: tuple[int, ...],
+    key_heads: int,
 ) -> Any:
     import transformers as tf
 
@@ -94,6 +95,7 @@ def _master(
         config.vision_feature_layer = list(feature_layers)
     text = config.get_text_config()
     text.num_hidden_layers = layers
+    text.num_key_value_heads = key_heads or text.num_key_value_heads
     if getattr(text, "layer_types", None):
         text.layer_types = [text.layer_types[i % len(text.layer_types)] for i in range(layers)]
     if deepstack:
@@ -119,9 +121,11 @@ def model(
     deepstack: int = 0,
     encoder: int = 0,
     feature_layers: tuple[int, ...] = (),
+    key_heads: int = 0,
 ) -> Any:
-    """A fresh model, the same on every rank; `encoder` layers of the encoder, features of `feature_layers`."""
-    return copy.deepcopy(_master(family, dtype, layers, tied, deepstack, encoder, feature_layers))
+    """A fresh model, the same on every rank; `encoder` layers of the encoder, features of `feature_layers`,
+    `key_heads` heads of keys and values."""
+    return copy.deepcopy(_master(family, dtype, layers, tied, deepstack, encoder, feature_layers, key_heads))
 
 
 def plan(
@@ -134,10 +138,12 @@ def plan(
     placement: str = "disjoint",
     checkpointing: bool = False,
     encoder: tuple[int, ...] = (1,),
+    tp: int = 1,
+    vision_tp: int = 1,
     **settings: Any,
 ) -> Plan:
     """A plan of (vision replicas, LLM pipeline ranks, LLM replicas), its layers spread unevenly where possible;
-    `encoder` layers of each stage of the encoder."""
+    `encoder` layers of each stage of the encoder; `tp`: tensor-parallel ranks of the LLM."""
     vision_dp, pp, dp = layout
     stages = pp * chunks
     spread = [layers // stages] * stages
@@ -145,9 +151,12 @@ def plan(
         spread[0], spread[1] = spread[0] + 1, spread[1] - 1
     return Plan(
         vision=ModulePlan(
-            layers=encoder, dp=dp if placement != "disjoint" else vision_dp, checkpointing=checkpointing
+            layers=encoder,
+            dp=dp if placement != "disjoint" else vision_dp,
+            tp=vision_tp,
+            checkpointing=checkpointing,
         ),
-        llm=ModulePlan(layers=tuple(spread), dp=dp, num_chunks=chunks, checkpointing=checkpointing),
+        llm=ModulePlan(layers=tuple(spread), dp=dp, tp=tp, num_chunks=chunks, checkpointing=checkpointing),
         num_microbatches=num_microbatches,
         schedule=schedule,
         placement=placement,
@@ -265,7 +274,7 @@ def worst_error(pipe: PipelineModel, expected: Gradients) -> tuple[float, str]:
         if reference is None or parameter.grad is None:
             continue
         scale = max(float(reference.abs().max()), FLOOR * largest)
-        error = float((parameter.grad - reference).abs().max()) / scale
+        error = float((pipe.whole(name, parameter.grad) - reference).abs().max()) / scale
         if error > worst:
             worst, where = error, name
     return worst, where

@@ -33,16 +33,24 @@ def run(family: str, layout: p.Layout, dtype: torch.dtype, expected: Any, **sett
     return p.over_ranks(error)
 
 
-def reference(worlds: p.Worlds, family: str, dtype: torch.dtype, tied: bool = False, **settings: Any) -> Any:
+def reference(
+    worlds: p.Worlds, family: str, dtype: torch.dtype, tied: bool = False, text_only: bool = False, **settings: Any
+) -> Any:
     """The stock model's step, computed by rank 0 and told to all."""
     collate = p.casting(p.collator(family), dtype)
-    cells = p.cells_of(family, **settings)
+    cells = p.cells_of(family, text_only=text_only)
     told = None
     if worlds.rank == 0:
         labels = p.shape_of(family, [[cell] for cell in cells], collate).label_tokens
-        told = p.stock_gradients(p.model(family, dtype, tied=tied), cells, collate, labels)
-    loss, gradients = worlds.tell(told)
-    return {"cells": cells, "collate": collate, "loss": loss, "gradients": gradients, "tied": tied}
+        stock = p.model(family, dtype, tied=tied, **settings)
+        loss, gradients = p.stock_gradients(stock, cells, collate, labels)
+        told = (
+            loss,
+            gradients,
+            float(torch.nn.utils.get_total_norm([q.grad for q in stock.parameters() if q.grad is not None])),
+        )
+    loss, gradients, norm = worlds.tell(told)
+    return {"cells": cells, "collate": collate, "loss": loss, "gradients": gradients, "norm": norm, "tied": tied}
 
 
 def jobs() -> list[tuple[str, list[p.Layout], torch.dtype, bool]]:

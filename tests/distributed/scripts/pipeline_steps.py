@@ -1,6 +1,7 @@
 """Ten AdamW steps with weight decay, clipping and accumulation against the stock model; then saved and loaded.
 
-Arguments: families (comma separated), layout, float64 or float32, layers of each encoder stage (1 or 2,2).
+Arguments: families (comma separated), layout, float64 or float32, layers of each encoder stage (1 or 2,2); tensor-
+parallel ranks of the LLM, by default 1.
 """
 
 import sys
@@ -26,10 +27,13 @@ def calls_of(family: str, step: int) -> list[p.Cells]:
 
 
 ENCODER = tuple(map(int, sys.argv[4].split(",")))
+TP = int(sys.argv[5]) if len(sys.argv) > 5 else 1
 
 
 def build(family: str, dtype: torch.dtype) -> Any:
-    return p.model(family, dtype, tied=True, encoder=sum(ENCODER) if len(ENCODER) > 1 else 0)
+    return p.model(
+        family, dtype, tied=True, key_heads=TP if TP > 1 else 0, encoder=sum(ENCODER) if len(ENCODER) > 1 else 0
+    )
 
 
 def stock_run(family: str, dtype: torch.dtype) -> Any:
@@ -50,13 +54,13 @@ def stock_run(family: str, dtype: torch.dtype) -> Any:
 
 def run(worlds: p.Worlds, family: str, layout: p.Layout, dtype: torch.dtype) -> None:
     log, expected = worlds.tell(stock_run(family, dtype) if worlds.rank == 0 else None)
-    size = layout[0] * len(ENCODER) + layout[1] * layout[2]
+    size = layout[0] * len(ENCODER) + layout[1] * layout[2] * TP
     with worlds.of(size) as inside:
         if not inside:
             return
         collate = p.casting(p.collator(family), dtype)
         num_microbatches = len(calls_of(family, 0)[0]) // layout[2]
-        plan = p.plan(layout, num_microbatches=num_microbatches, encoder=ENCODER)
+        plan = p.plan(layout, num_microbatches=num_microbatches, encoder=ENCODER, tp=TP)
         pipe = PipelineModel.from_model(build(family, dtype), plan=plan)
         optimizer = torch.optim.AdamW(pipe.parameters(), **ADAMW)
         worst = 0.0
@@ -79,7 +83,7 @@ def run(worlds: p.Worlds, family: str, layout: p.Layout, dtype: torch.dtype) -> 
         largest = max(float(value.abs().max()) for value in expected.values())
         for name, value in pipe.state_dict().items():  # key biases, whose gradient is zero, stay rounding noise
             scale = max(float(expected[name].abs().max()), p.FLOOR * largest)
-            moved = max(moved, float((value - expected[name]).abs().max()) / scale)
+            moved = max(moved, float((pipe.whole(name, value) - expected[name]).abs().max()) / scale)
         assert moved <= 1e-5, (family, moved)
         worst = max(p.over_ranks(worst), p.over_ranks(moved))
         check_saved(pipe, family, layout, collate, expected)
@@ -103,8 +107,8 @@ def check_saved(pipe: PipelineModel, family: str, layout: p.Layout, collate: Any
     state = loaded.state_dict()
     assert state.keys() == expected.keys()
     for name, value in pipe.state_dict().items():
-        assert torch.equal(state[name], value), name
-    assert bool(logits) == (pipe.topology.last_stage in pipe.place.stages)
+        assert torch.equal(state[name], pipe.whole(name, value)), name
+    assert bool(logits) == (pipe.topology.last_stage in pipe.place.stages and pipe.place.shard == 0)
     for microbatch, found in logits.items():
         with torch.no_grad():
             stock = loaded(**collate(dealt[microbatch][pipe.place.replica])).logits

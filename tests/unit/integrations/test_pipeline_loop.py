@@ -10,7 +10,7 @@ from torch import nn
 import hf_dflop
 from hf_dflop.errors import TrainerError
 from hf_dflop.integrations.pipeline_checks import check_accelerator
-from hf_dflop.integrations.pipeline_optimizer import keep_share, names_of
+from hf_dflop.integrations.pipeline_optimizer import check_by_number, keep_share, names_of
 from hf_dflop.plan import ModulePlan, Plan
 
 
@@ -25,6 +25,7 @@ def share(model: nn.Module) -> nn.Module:
     """What a rank of the last stage holds: the copy of the tied weight has the head's name alone."""
     own = nn.Module()
     own.layer, own.head = model.layer, model.head
+    own.share = lambda name, value: value
     return own
 
 
@@ -141,3 +142,19 @@ def test_data_is_refused_before_anything_is_built(
     plan = Plan(vision=ModulePlan(layers=(2,)), llm=ModulePlan(layers=(2,)), num_microbatches=4, global_batch_size=8)
     with pytest.raises(TrainerError, match=says):
         hf_dflop.prepare(accelerator(), whole(), torch.optim.AdamW, dataset, plan, **settings)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD, torch.optim.Adafactor, torch.optim.Muon])
+def test_an_optimizer_that_looks_at_whole_matrices_is_refused_where_ranks_have_parts(kind: Any) -> None:
+    weight = torch.nn.Parameter(torch.ones(4, 4))
+    optimizer = kind([{"params": [weight], "weight_decay": 0.1}], lr=0.0)
+    whole = SimpleNamespace(shards=None, wire=SimpleNamespace(device=torch.device("cpu")))
+    check_by_number(optimizer, whole)  # type: ignore[arg-type]
+    split = SimpleNamespace(shards="some", wire=whole.wire)
+    if kind in (torch.optim.AdamW, torch.optim.SGD):
+        check_by_number(optimizer, split)  # type: ignore[arg-type]
+    else:
+        with pytest.raises(TrainerError, match=f"{kind.__name__} moves a part of a matrix"):
+            check_by_number(optimizer, split)  # type: ignore[arg-type]
+    assert not optimizer.state
+    assert torch.equal(weight, torch.ones(4, 4))

@@ -75,7 +75,7 @@ def test_ranks_of_a_plan() -> None:
     assert [place.stages for place in places] == [(0,)] * 3 + [(1, 3)] * 2 + [(2, 4)] * 2
     for place in places:
         assert all(topology.rank(stage, place.replica) == place.rank for stage in place.stages)
-    assert topology.column_ranks(2) == (5, 6)
+    assert topology.copies() == [(0, 1, 2), (3, 4), (5, 6)]
     with pytest.raises(PlanError, match="not one of the plan's 7 ranks"):
         topology.place(7)
 
@@ -88,7 +88,42 @@ def test_an_encoder_in_stages_comes_first() -> None:
     assert [place.stages for place in places] == [(0,), (0,), (1,), (1,), (2,), (3,)]
     assert [place.encodes for place in places] == [True] * 4 + [False] * 2
     assert [place.is_llm for place in places] == [False] * 4 + [True] * 2
-    assert topology.column_ranks(1) == (2, 3)
+    assert topology.copies() == [(0, 1), (2, 3), (4,), (5,)]
+
+
+def test_tensor_parallel_ranks_are_neighbours_and_serve_each_other_in_turn() -> None:
+    plan = Plan(vision=ModulePlan(layers=(2,), dp=2, tp=2), llm=ModulePlan(layers=(1, 1), tp=4), num_microbatches=2)
+    topology = Topology(plan=plan)
+    places = [topology.place(rank) for rank in range(plan.num_ranks)]
+    assert [place.shard for place in places] == [0, 1, 0, 1] + [0, 1, 2, 3] * 2
+    assert topology.tensor_groups() == [(0, 1), (2, 3), (4, 5, 6, 7), (8, 9, 10, 11)]
+    assert topology.copies() == [(0, 2), (1, 3), *((rank,) for rank in range(4, 12))]
+    for edge in ((0, 1), (1, 0), (1, 2), (2, 1)):  # every receiver is sent to once, by the one it waits for
+        here, there = edge
+        sent = {
+            (topology.rank(here, 0, shard), rank)
+            for shard in range(topology.num_shards(here))
+            for rank in topology.receivers(there, 0, shard, topology.num_shards(here))
+        }
+        waited = {
+            (topology.sender(here, 0, shard), topology.rank(there, 0, shard))
+            for shard in range(topology.num_shards(there))
+        }
+        assert sent == waited
+        assert len(sent) == topology.num_shards(there)
+
+
+def test_an_encoder_that_is_not_split_runs_on_each_of_the_llms_ranks() -> None:
+    plan = Plan(
+        placement="colocated",
+        vision=ModulePlan(layers=(2,), dp=2),
+        llm=ModulePlan(layers=(1, 1), dp=2, tp=2),
+        num_microbatches=2,
+    )
+    topology = Topology(plan=plan)
+    assert [topology.place(rank).stages for rank in range(8)] == [(0, 1)] * 4 + [(2,)] * 4
+    assert topology.tensor_groups() == [(0, 1), (2, 3), (4, 5), (6, 7)]
+    assert topology.copies() == [(0, 2), (1, 3), (4, 6), (5, 7)]
 
 
 def test_a_colocated_encoder_is_a_stage_of_its_own_on_the_first_column() -> None:
@@ -107,8 +142,11 @@ def test_a_colocated_encoder_is_a_stage_of_its_own_on_the_first_column() -> None
     ("module", "settings", "reason"),
     [
         ({"vision": ModulePlan(layers=(1, 1), num_chunks=2)}, {}, "an encoder rank runs one stage"),
-        ({"vision": ModulePlan(layers=(1,), tp=2)}, {}, "vision.tp is 2"),
-        ({"llm": ModulePlan(layers=(1,), tp=2)}, {}, "llm.tp is 2"),
+        (
+            {"vision": ModulePlan(layers=(1,), tp=2), "llm": ModulePlan(layers=(1,), tp=4)},
+            {"placement": "colocated"},
+            "vision.tp is 2 on the LLM's ranks, whose tp is 4",
+        ),
         ({}, {"cached_features": True, "frozen": ("vision",)}, "cached_features"),
     ],
 )
