@@ -7,19 +7,30 @@ scaled loss; gradients are unscaled before they are clipped, and what was found 
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.amp.grad_scaler import OptState
-from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
 from hf_dflop.pipeline import PipelineModel
 
 __all__ = ["scale_together"]
 
 
-class _AgreeingScaler(ShardedGradScaler):
-    """torch's scaler for sharded models, which agrees where it unscales: so it unscales for every optimizer."""
+class _AgreeingScaler(torch.amp.GradScaler):
+    """Agrees with the other ranks where it unscales, so it unscales before every step, for fused optimizers, too.
+
+    torch's `ShardedGradScaler` agrees as well, but fused optimizers do not take what it found.
+    """
+
+    def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
+        super().unscale_(optimizer)
+        if self._enabled:
+            scale = self._scale
+            assert scale is not None
+            found = self._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
+            # A rank may have no gradient at all.
+            dist.all_reduce(found.setdefault(scale.device, torch.zeros_like(scale)), op=dist.ReduceOp.MAX)
 
     def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> float | None:
-        # A fused optimizer would unscale by itself, by what its own rank found.
         if self._enabled and self._per_optimizer_states[id(optimizer)]["stage"] is OptState.READY:
             self.unscale_(optimizer)
         return super().step(optimizer, *args, **kwargs)

@@ -23,8 +23,8 @@ from hf_dflop.pipeline.encoder import EncoderStack
 __all__ = ["ROUTER_LOSS", "Structure", "read_structure"]
 
 ROUTER_LOSS = (
-    "output_router_logits is set: the balancing loss of the routers sees all layers at once, and a stage only its own. "
-    "Unset it in the text config."
+    "output_router_logits is set: the balancing loss of the routers sees all layers at once, and a stage only "
+    "its own. Unset it in the text config."
 )
 
 

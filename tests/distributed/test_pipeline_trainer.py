@@ -11,26 +11,20 @@ pytestmark = pytest.mark.distributed
 SCRIPT = "tests.distributed.scripts.pipeline_trainer"
 
 
-@pytest.mark.parametrize(
-    ("num_processes", "cases"),
-    [
-        (3, ["llava:1,2,1", "llava:1,1,2", "llava:2,1,1", "lora:1,1,2", "qwen2_5_vl:1,2,1", "qwen2_5_vl:3,1"]),
-        (2, ["llava:1,2"]),
-    ],
-)
-def test_ten_steps_and_a_stock_checkpoint(folder: Path, num_processes: int, cases: list[str]) -> None:
-    output = launch(SCRIPT, "train", str(folder), *cases, num_processes=num_processes)
+@pytest.mark.parametrize("cases", [["llava:1,1,2", "lora:1,2,1"], ["qwen2_5_vl:2,1,1", "qwen2_5_vl:3,1"]])
+def test_ten_steps_and_a_stock_checkpoint(folder: Path, cases: list[str]) -> None:
+    output = launch(SCRIPT, "train", str(folder), *cases, num_processes=3)
     assert output.count("trainer: ") == 2 * len(cases)
 
 
 def test_stopped_and_resumed(folder: Path) -> None:
-    output = launch(SCRIPT, "resume", str(folder), "llava:1,2,1", "lora:1,2,1", num_processes=3)
-    assert output.count("trainer: 5 + 5 = 10") == 2
+    output = launch(SCRIPT, "resume", str(folder), "lora:1,2,1", num_processes=3)
+    assert "trainer: 5 + 5 = 10" in output
 
 
-def test_float16_skips_a_step_on_all_ranks(folder: Path) -> None:
+def test_half_precision_and_a_step_that_all_ranks_skip(folder: Path) -> None:
     output = launch(SCRIPT, "half", str(folder), "llava:1,2,1", num_processes=3)
-    assert "trainer: half" in output
+    assert output.count("trainer: ") == 2
 
 
 def test_a_killed_rank_ends_all_and_the_newest_checkpoint_resumes_under_another_plan(folder: Path) -> None:

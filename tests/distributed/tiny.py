@@ -13,17 +13,17 @@ PATCHES = 4
 VOCAB = 64
 
 
-def model(dtype: torch.dtype = torch.float32, *, freeze_vision: bool = False, layers: int = 2) -> Any:
+def model(dtype: torch.dtype = torch.float32, *, freeze_vision: bool = False) -> Any:
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     torch.manual_seed(0)
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(
-            hidden_size=16, intermediate_size=32, num_hidden_layers=layers, num_attention_heads=2, image_size=8,
+            hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=8,
             patch_size=4,
         ),
         text_config=LlamaConfig(
-            vocab_size=VOCAB, hidden_size=24, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=4,
+            vocab_size=VOCAB, hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
             num_key_value_heads=2, max_position_embeddings=512, pad_token_id=0,
         ),
         image_token_id=IMAGE_TOKEN, vision_feature_layer=-1, vision_feature_select_strategy="default",
