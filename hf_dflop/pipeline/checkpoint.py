@@ -26,8 +26,8 @@ def gather_state_dict(pipe: "PipelineModel", names: Collection[str] | None = Non
     if names is not None:
         own = {name: value for name, value in own.items() if name in names}
     listed: list[Any] = [None] * pipe.plan.num_ranks
-    names = [(name, tuple(value.shape), str(value.dtype).removeprefix("torch.")) for name, value in own.items()]
-    dist.all_gather_object(listed, names)
+    told = [(name, tuple(value.shape), str(value.dtype).removeprefix("torch.")) for name, value in own.items()]
+    dist.all_gather_object(listed, told)
     gathered: dict[str, torch.Tensor] = {}
     for source, entries in enumerate(listed):
         for name, shape, dtype in entries:

@@ -14,6 +14,6 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     """With what the stock loop of the test module's `SCRIPT` does in one process."""
     made = tmp_path_factory.mktemp("stock")
     subprocess.run(
-        [sys.executable, "-m", request.module.SCRIPT, "stock", str(made)], cwd=ROOT, check=True, timeout=180
+        [sys.executable, "-m", request.module.SCRIPT, "stock", str(made)], cwd=ROOT, check=True, timeout=300
     )
     return made
