@@ -33,7 +33,7 @@ def put_right(accelerator: Any, pipe: PipelineModel, optimizer: AcceleratedOptim
     if getattr(accelerator, "_dflop_pipe", None) is not None:
         raise TrainerError("this Accelerator runs a pipeline already; make another one for a second model.")
     accelerator._dflop_pipe = pipe
-    accelerator.clip_grad_norm_ = _clipping(accelerator.clip_grad_norm_, pipe)
+    accelerator.clip_grad_norm_ = _clipping(accelerator, pipe, optimizer)
     accelerator.prepare_scheduler = _scheduling(accelerator.prepare_scheduler, optimizer)
     accelerator.get_state_dict = _gathering(accelerator.get_state_dict, pipe)
 
@@ -52,7 +52,8 @@ def put_right(accelerator: Any, pipe: PipelineModel, optimizer: AcceleratedOptim
     accelerator.register_load_state_pre_hook(load)
 
 
-def _clipping(stock: Any, pipe: PipelineModel) -> Any:
+def _clipping(accelerator: Any, pipe: PipelineModel, optimizer: AcceleratedOptimizer) -> Any:
+    stock = accelerator.clip_grad_norm_
     own = {id(parameter) for parameter in pipe.parameters()}
 
     @functools.wraps(stock)
@@ -66,6 +67,7 @@ def _clipping(stock: Any, pipe: PipelineModel) -> Any:
                 f"clip_grad_norm_ got {len(given)} parameters, norm_type={norm_type}; on a pipeline it takes all of "
                 "model.parameters() and the 2-norm, since the norm is one over all ranks."
             )
+        accelerator.unscale_gradients(optimizer)
         return pipe.clip_grad_norm_(max_norm)
 
     return clip_grad_norm_
@@ -78,6 +80,7 @@ def _scheduling(stock: Any, optimizer: AcceleratedOptimizer) -> Any:
         driven = getattr(scheduler, "optimizer", None)
         if getattr(driven, "optimizer", driven) is optimizer.optimizer:
             prepared.split_batches = True  # by which AcceleratedScheduler knows that one step is one step
+            prepared.optimizers = [optimizer]  # where it looks for steps that were skipped
         return prepared
 
     return prepare_scheduler

@@ -152,10 +152,14 @@ def load_weights(pipe: PipelineModel, folder: str) -> None:
     for value in own.values():
         if value.is_floating_point():
             dtype = torch.promote_types(dtype, value.dtype)
-    state = pipe.model_class.from_pretrained(folder, dtype=dtype).state_dict()
-    missing = sorted(own.keys() - state.keys())
+    state = pipe.skeleton.load(folder, dtype)
+    wanted = own.keys()
+    if pipe.skeleton.has_adapters:  # the model under them is as it was given
+        wanted = {name for name, parameter in pipe.named_parameters() if parameter.requires_grad}
+    missing = sorted(wanted - state.keys())
     if missing:
         raise TrainerError(f"{folder} lacks {missing[0]} ({len(missing)} parameters); it is of another model.")
     with torch.no_grad():
         for name, value in own.items():
-            value.copy_(pipe.share(name, state[name]))
+            if name in state:
+                value.copy_(pipe.share(name, state[name]))

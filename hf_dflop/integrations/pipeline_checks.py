@@ -6,6 +6,7 @@ In: their own arguments. Out: nothing, or a `TrainerError`.
 
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch.utils.data import IterableDataset
 
@@ -13,10 +14,12 @@ from hf_dflop.errors import TrainerError
 from hf_dflop.integrations.callback import DflopCallback
 from hf_dflop.pipeline import PipelineModel
 
-__all__ = ["check_accelerator", "check_arguments", "check_dataset", "check_pieces"]
+__all__ = ["AUTOCAST", "check_accelerator", "check_arguments", "check_dataset", "check_pieces", "check_precision"]
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""What `mixed_precision` computes in."""
 
 _UNSUPPORTED: tuple[tuple[str, str], ...] = (
-    ("fp16", "use bf16, or float32: the scaler of float16 looks for overflows on one rank alone"),
     ("label_smoothing_factor", "set it to 0: the loss is the model's own"),
     ("torch_compile", "compile the model's layers yourself before PipelineModel, or leave it out"),
     ("deepspeed", "the plan lays out the model: leave it out"),
@@ -39,11 +42,7 @@ def check_arguments(args: Any, pipe: PipelineModel) -> None:
             raise TrainerError(f"{name}={value!r} does not go with a pipeline; {remedy}.")
     if getattr(args, "activation_checkpointing", False):
         raise TrainerError("activation_checkpointing does not go with a pipeline; set `checkpointing` in the plan.")
-    if args.bf16 and pipe.wire.autocast is None:
-        raise TrainerError(
-            "bf16=True, but the pipeline computes without autocast; build it with "
-            "PipelineModel.from_pretrained(..., autocast=torch.bfloat16)."
-        )
+    check_precision("bf16" if args.bf16 else "fp16" if args.fp16 else "no", pipe)
     if args.include_num_input_tokens_seen not in (False, "no"):
         raise TrainerError("include_num_input_tokens_seen needs the ids of all ranks; set it to 'no'.")
     if args.train_sampling_strategy == "batch_rebalance":
@@ -67,6 +66,21 @@ def check_arguments(args: Any, pipe: PipelineModel) -> None:
         )
 
 
+def check_precision(name: str, pipe: PipelineModel) -> None:
+    """Raises `TrainerError` if the pipeline does not compute in the `mixed_precision` that was asked for."""
+    wanted = AUTOCAST.get(name)
+    if wanted is not None and pipe.wire.autocast != wanted:
+        raise TrainerError(
+            f"{name} is asked for, but the pipeline computes under autocast to {pipe.wire.autocast}; build it with "
+            f"PipelineModel.from_pretrained(..., autocast={wanted})."
+        )
+    if name == "fp16" and pipe.wire.dtype == torch.float16:
+        raise TrainerError(
+            "fp16 scales gradients of float32 parameters, and the model's are float16; load it with "
+            "dtype=torch.float32."
+        )
+
+
 def check_accelerator(accelerator: Any) -> None:
     """Raises `TrainerError` for an `Accelerator` under which a pipeline does not run."""
     kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
@@ -77,10 +91,9 @@ def check_accelerator(accelerator: Any) -> None:
             "there is one process without a process group; launch as many as the plan has ranks, with accelerate "
             "launch or torchrun."
         )
-    if accelerator.mixed_precision not in ("no", "bf16"):
+    if accelerator.mixed_precision not in ("no", *AUTOCAST):
         raise TrainerError(
-            f"mixed_precision={accelerator.mixed_precision!r} does not go with a pipeline; use bf16, or no: the "
-            "scaler of float16 looks for overflows on one rank alone."
+            f"mixed_precision={accelerator.mixed_precision!r} does not go with a pipeline; use bf16, fp16 or no."
         )
     if not accelerator.gradient_state.sync_with_dataloader:
         raise TrainerError("sync_with_dataloader=False joins steps over the end of an epoch; set it to True.")

@@ -18,10 +18,12 @@ from torch.utils.data import DataLoader, default_collate
 from hf_dflop.cost import CostModel
 from hf_dflop.errors import TrainerError
 from hf_dflop.integrations.pipeline_accelerator import put_right
-from hf_dflop.integrations.pipeline_checks import check_accelerator, check_dataset
+from hf_dflop.integrations.pipeline_checks import AUTOCAST, check_accelerator, check_dataset, check_precision
 from hf_dflop.integrations.pipeline_data import CallSampler, join_slots, make_slots
 from hf_dflop.integrations.pipeline_optimizer import check_by_number, keep_share, names_of
+from hf_dflop.integrations.pipeline_scaler import scale_together
 from hf_dflop.pipeline import PipelineModel
+from hf_dflop.pipeline.skeleton import unwrap
 from hf_dflop.plan import Plan
 
 __all__ = ["prepare"]
@@ -48,8 +50,9 @@ def prepare(
     step is exactly that of one process with the whole batch.
 
     Args:
-        accelerator (`Accelerator`): launched with as many processes as the plan has ranks; without fp16.
-        model (`PreTrainedModel` or [`PipelineModel`]): the stock model, the same on every rank; not wrapped.
+        accelerator (`Accelerator`): launched with as many processes as the plan has ranks.
+        model (`PreTrainedModel`, `PeftModel` or [`PipelineModel`]):
+            The stock model, the same on every rank; not wrapped but by peft.
         optimizer (`torch.optim.Optimizer` or `Callable`):
             Built on `model`; its groups, options and state are kept for this rank's parameters, and schedulers on it
             stay attached. Or a class or function that makes one from parameters.
@@ -99,24 +102,21 @@ def prepare(
     stock = _stock_loader(dataset, loader)
     calls = accelerator.gradient_accumulation_steps
     _check_batch_size(stock, plan, calls)
-    names = names_of(model)
+    names = names_of(unwrap(model))
     if isinstance(model, PipelineModel):
         pipe = model
         if pipe.plan != plan:
             raise TrainerError("the PipelineModel was built for another plan; give the same one to prepare.")
-        if accelerator.mixed_precision == "bf16" and pipe.wire.autocast is None:
-            raise TrainerError(
-                'mixed_precision="bf16", but the pipeline computes without autocast; build it with '
-                "PipelineModel.from_pretrained(..., autocast=torch.bfloat16)."
-            )
     else:
-        autocast = torch.bfloat16 if accelerator.mixed_precision == "bf16" else None
+        autocast = AUTOCAST.get(accelerator.mixed_precision)
         pipe = PipelineModel.from_model(model, plan=plan, device=accelerator.device, autocast=autocast, check=check)
+    check_precision(accelerator.mixed_precision, pipe)
+    scale_together(accelerator, pipe)
     pipe._is_accelerate_prepared = True  # accelerate then leaves it as it is: no DDP around it
     pipe.loss_factor = float(calls)
     kept = keep_share(optimizer, names, pipe)
     check_by_number(kept, pipe)
-    ours = AcceleratedOptimizer(kept, device_placement=False)
+    ours = AcceleratedOptimizer(kept, device_placement=False, scaler=accelerator.scaler)
     rows, slots = make_slots(
         stock,
         pipe,

@@ -34,6 +34,7 @@ from hf_dflop.integrations.pipeline_checkpoint import (
 from hf_dflop.integrations.pipeline_checks import check_arguments, check_dataset, check_pieces
 from hf_dflop.integrations.pipeline_data import join_slots, make_slots, slot_loader
 from hf_dflop.integrations.pipeline_optimizer import check_by_number
+from hf_dflop.integrations.pipeline_scaler import scale_together
 from hf_dflop.integrations.pipeline_trace import TraceSteps
 from hf_dflop.pipeline import PipelineModel, StepBatch
 from hf_dflop.pipeline.loss import count_label_tokens
@@ -90,6 +91,7 @@ class PipelineTrainerMixin:
         self._slots_left = 0
         model._is_accelerate_prepared = True  # accelerate then leaves it as it is: no DDP, no autocast around it
         super().__init__(model=model, args=args, data_collator=data_collator, **kwargs)  # type: ignore[call-arg]
+        scale_together(self.accelerator, model)
         self.model_accepts_loss_kwargs = True
         self._tracing = None if trace_dir is None else TraceSteps(model, trace_dir)
         if self._tracing is not None:
@@ -195,10 +197,14 @@ class PipelineTrainerMixin:
         return
 
     def _clip_grad_norm(self, model: Any) -> torch.Tensor:
+        self.accelerator.unscale_gradients()
         return self.pipe.clip_grad_norm_(self.args.max_grad_norm)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> torch.Tensor:
-        return self.pipe.grad_norm() if grad_norm is None else grad_norm
+        if grad_norm is None:
+            self.accelerator.unscale_gradients()
+            grad_norm = self.pipe.grad_norm()
+        return grad_norm
 
     # Evaluation -----------------------------------------------------------------------------------------------------
 
@@ -281,6 +287,7 @@ class PipelineTrainerMixin:
         if not self.args.save_only_model:
             save_optimizer(self.pipe, self.optimizer, staging)
             self._save_rng_state(staging)  # type: ignore[attr-defined]
+            self._save_scaler(staging)  # type: ignore[attr-defined]
         if self.pipe.place.rank == 0:
             if not self.args.save_only_model:
                 torch.save(self.lr_scheduler.state_dict(), os.path.join(staging, "scheduler.pt"))

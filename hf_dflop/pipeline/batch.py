@@ -25,7 +25,11 @@ Sample = tuple[int, int, int]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepBatch:
-    """What `PipelineModel.step` takes. Lists have one entry per microbatch, `None` where the rank has no work."""
+    """What `PipelineModel.step` takes. Lists have one entry per microbatch, `None` where the rank has no work.
+
+    Raises:
+        ModelError: a microbatch holds videos.
+    """
 
     shape: StepShape
     text: tuple[Mapping[str, Any] | None, ...] = ()
@@ -34,6 +38,10 @@ class StepBatch:
     """Inputs of `get_image_features` of this rank's encoder replica; empty on LLM ranks."""
     samples: tuple[tuple[tuple[int, ...], ...], ...] = ()
     """Dataset indices: microbatch -> LLM replica -> its samples. For the trace alone; empty where not known."""
+
+    def __post_init__(self) -> None:
+        for inputs in (*self.text, *self.vision):
+            _images_only(inputs or {})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,7 +87,7 @@ def build_batch(
             samples = [(m, place.replica, i) for i in range(len(replicas[place.replica].features))]
             inputs = collate_text(samples) if samples else None
             if inputs is not None:
-                _images_only(inputs)
+                _images_only(inputs)  # before pixels are dropped
                 drop_labels = topology.last_stage not in place.stages
                 inputs = {
                     key: value

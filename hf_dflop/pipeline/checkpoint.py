@@ -1,11 +1,12 @@
 """A pipeline's weights → one stock checkpoint.
 
-In: every rank's share. Out: on rank 0 a whole state dict with the stock names, written by the model class's own
-`save_pretrained`.
+In: every rank's share. Out: on rank 0 a whole state dict with the stock names, written by the model's own
+`save_pretrained`; of a model with adapters, theirs alone.
 
-Assumption: rank 0's host has room for the whole model.
+Assumption: rank 0's host has room for what is written.
 """
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,17 +18,20 @@ if TYPE_CHECKING:
 __all__ = ["gather_state_dict", "save_stock"]
 
 
-def gather_state_dict(pipe: "PipelineModel") -> dict[str, torch.Tensor]:
-    """All ranks call it; rank 0 gets parameters and buffers of the whole model, on the CPU, others nothing."""
+def gather_state_dict(pipe: "PipelineModel", names: Collection[str] | None = None) -> dict[str, torch.Tensor]:
+    """All ranks call it; rank 0 gets parameters and buffers of the whole model (of them `names`), on the CPU, others
+    nothing."""
     rank, topology = pipe.place.rank, pipe.topology
     own = {} if pipe.place.replica else {name: value.detach() for name, value in pipe.state_dict().items()}
+    if names is not None:
+        own = {name: value for name, value in own.items() if name in names}
     shapes = {
         name: tuple(value.shape if pipe.shards is None else pipe.shards.whole_shape(name, value))
         for name, value in own.items()
     }
-    names = [(name, shapes[name], str(value.dtype).removeprefix("torch.")) for name, value in own.items()]
+    told = [(name, shapes[name], str(value.dtype).removeprefix("torch.")) for name, value in own.items()]
     listed: list[Any] = [None] * pipe.plan.num_ranks
-    dist.all_gather_object(listed, names if pipe.place.shard == 0 else [])
+    dist.all_gather_object(listed, told if pipe.place.shard == 0 else [])
     gathered: dict[str, torch.Tensor] = {}
     for source, entries in enumerate(listed):
         place = topology.place(source)
@@ -48,11 +52,7 @@ def gather_state_dict(pipe: "PipelineModel") -> dict[str, torch.Tensor]:
 def save_stock(pipe: "PipelineModel", folder: str, **kwargs: Any) -> None:
     """Gather (unless `state_dict` was), write on rank 0, and let no rank go on before it is written."""
     gathered = kwargs.pop("state_dict", None)
-    state = gather_state_dict(pipe) if gathered is None else gathered
+    state = gather_state_dict(pipe, pipe.skeleton.saved_names()) if gathered is None else gathered
     if pipe.place.rank == 0:
-        with torch.device("meta"):
-            whole = pipe.model_class(pipe.config)
-        if pipe.generation_config is not None:
-            whole.generation_config = pipe.generation_config
-        whole.save_pretrained(folder, state_dict=state, **kwargs)
+        pipe.skeleton.save(folder, state, **kwargs)
     dist.barrier()

@@ -63,6 +63,8 @@ def deferred_call(pipe: "PipelineModel", batch: StepBatch, *, sync: bool) -> Pip
             parameter.grad = grad
         pipe.needs_sum = needed_sum
     loss_factor = pipe.loss_factor
+    if pipe.scaler is not None:  # the gradients are scaled already, and what the loss is multiplied by holds the scale
+        loss_factor /= pipe.scaler.get_scale()
     done = False
 
     def add(times: float) -> None:
@@ -76,5 +78,5 @@ def deferred_call(pipe: "PipelineModel", batch: StepBatch, *, sync: bool) -> Pip
             pipe.sum_gradients()
 
     anchor = torch.zeros((), device=pipe.wire.device, requires_grad=True)
-    loss = torch.tensor(result.loss * loss_factor, dtype=torch.float64, device=pipe.wire.device)
+    loss = torch.tensor(result.loss * pipe.loss_factor, dtype=torch.float64, device=pipe.wire.device)
     return PipelineOutput(loss=_Backward.apply(anchor, loss, add), label_tokens=result.label_tokens)

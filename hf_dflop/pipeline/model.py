@@ -35,6 +35,7 @@ from hf_dflop.pipeline.schedule import fits_plan, make_runtime, note_receives
 from hf_dflop.pipeline.setup import checkpoint_layers, freeze, is_reentrant
 from hf_dflop.pipeline.shards import Shards
 from hf_dflop.pipeline.shell import drop
+from hf_dflop.pipeline.skeleton import Skeleton, unwrap
 from hf_dflop.pipeline.split import build_part, foreign_names, owner_stage, read_cut
 from hf_dflop.pipeline.stage import RaggedStage
 from hf_dflop.pipeline.tensor_rules import tensor_rules
@@ -77,13 +78,15 @@ class PipelineModel(nn.Module):
         self.plan = plan
         self.topology = Topology(plan=plan)
         self.place = self.topology.place(dist.get_rank())
+        self.skeleton = Skeleton(model)
+        model = unwrap(model)
         self.structure = read_cut(model, plan)
         self._tp_plan = dict(getattr(model, "tp_plan", None) or {})
         rules = tensor_rules(model, self._tp_plan, self.structure, plan)
         freeze(model, self.structure, plan.frozen)
         checkpoint_layers(model, self.structure, vision=plan.vision.checkpointing, llm=plan.llm.checkpointing)
         self.config, self.model_class = model.config, type(model)
-        self.generation_config = getattr(model, "generation_config", None)
+        self.generation_config = getattr(model, "generation_config", None)  # Trainer aligns its tokens
         self.stock_names = tuple(name for name, _ in model.named_parameters())
         self.wire = Wire(
             dtype=model.get_input_embeddings().weight.dtype,
@@ -97,6 +100,7 @@ class PipelineModel(nn.Module):
         self._runtimes: dict[Any, Any] = {}
         self._form: FeatureFormat | None = None
         self.needs_sum = False
+        self.scaler: torch.amp.GradScaler | None = None  # of float16: scales the loss before the backward
         self.loss_factor = 1.0  # of the loss of `forward`, for loops that divide it by their accumulated calls
         self._sync = True
         self._earlier: dict[nn.Parameter, torch.Tensor] = {}
@@ -125,7 +129,8 @@ class PipelineModel(nn.Module):
         """Take over a model that every rank has built with the same weights; parts of other ranks are freed.
 
         Args:
-            model (`PreTrainedModel`): a vision-language model with its LM head, on the CPU, not wrapped.
+            model (`PreTrainedModel` or `PeftModel`):
+                A vision-language model with its LM head, on the CPU, not wrapped but by peft.
             plan (`Plan`): a plan for as many processes as were launched.
             device (`torch.device`, *optional*): of this rank; by default the CPU.
             autocast (`torch.dtype`, *optional*): compute under autocast in that type; tensors travel in the
@@ -162,10 +167,19 @@ class PipelineModel(nn.Module):
 
     # Set-up -----------------------------------------------------------------------------------------------------
 
-    def _trainable(self, model: nn.Module) -> tuple[bool, ...]:
+    def _trainable(self, model: Any) -> tuple[bool, ...]:
         stages = [False] * self.topology.num_stages
+        owners: dict[nn.Parameter, int] = {}
+        tied = model.get_input_embeddings().weight if self.structure.tied else None
         for name, parameter in model.named_parameters(remove_duplicate=False):
-            stages[owner_stage(self.structure, self.plan, name)] |= parameter.requires_grad
+            stage = owner_stage(self.structure, self.plan, name)
+            stages[stage] |= parameter.requires_grad
+            shared = owners.setdefault(parameter, stage) != stage
+            if shared and parameter.requires_grad and parameter is not tied:
+                raise ModelError(
+                    f"{name} is used on stages {owners[parameter]} and {stage}, and would be trained as two: "
+                    "give both uses to one stage, or freeze it."
+                )
         return tuple(stages)
 
     def _ties(self) -> list[tuple[int, ...]]:
@@ -260,7 +274,7 @@ class PipelineModel(nn.Module):
         *,
         backward: bool = True,
         sync: bool = True,
-        loss_scale: float | torch.Tensor = 1.0,
+        loss_scale: float | torch.Tensor | None = None,
         order: Order | None = None,
         keep_logits: bool = False,
     ) -> StepResult:
@@ -272,7 +286,8 @@ class PipelineModel(nn.Module):
             sync (`bool`, defaults to `True`):
                 Sum gradients over replicas at the end. Leave it out for all but the last of several calls of one
                 optimizer step; what was left out is summed then.
-            loss_scale (`float` or `torch.Tensor`, defaults to 1.0): factor on the loss before the backward (fp16).
+            loss_scale (`float` or `torch.Tensor`, *optional*):
+                Factor on the loss before the backward, the same on all ranks; by default that of `scaler`, or 1.
             order (`Order`, *optional*): the actions of this call, instead of the plan's.
             keep_logits (`bool`, defaults to `False`): return logits.
 
@@ -285,6 +300,9 @@ class PipelineModel(nn.Module):
         routes = route_step(shape, self.topology.replicas(0), colocated=not self.topology.disjoint)
         runtime = self._runtime(order or self.order_for(shape.num_microbatches), shape.num_microbatches)
         self._agree(batch, routes)
+        if loss_scale is None:
+            one = torch.ones((), device=self.wire.device)
+            loss_scale = 1.0 if self.scaler is None or not backward else self.scaler.scale(one)
         divisor = torch.tensor(max(shape.label_tokens, 1), device=self.wire.device)
         steps: list[StageStep] = []
         for stage in self._stages:

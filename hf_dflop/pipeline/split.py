@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_dflop.errors import PlanError
+from hf_dflop.errors import ModelError, PlanError
 from hf_dflop.pipeline.encoder import VisionPart, read_stack, vision_ranges
 from hf_dflop.pipeline.features import FeatureFormat, unflatten
 from hf_dflop.pipeline.shell import Foreign, Inject, Received, shell
-from hf_dflop.pipeline.structure import Structure, is_pixels, read_structure
+from hf_dflop.pipeline.structure import ROUTER_LOSS, Structure, is_pixels, read_structure
 from hf_dflop.plan.plan import Plan
 
 __all__ = ["LlmPart", "VisionPart", "build_part", "foreign_names", "layer_ranges", "owner_stage", "read_cut"]
@@ -73,7 +73,10 @@ class LlmPart(nn.Module):
             self.received.value = received
         try:
             if self.last:
-                return self.model(**given, num_items_in_batch=loss_divisor, return_dict=True)
+                result = self.model(**given, num_items_in_batch=loss_divisor, return_dict=True)
+                if getattr(result, "aux_loss", None) is not None:  # asked for after the model was cut
+                    raise ModelError(ROUTER_LOSS)
+                return result
             given.pop("labels", None)
             return self.model.get_submodule(self.body)(**given, return_dict=True).last_hidden_state
         finally:

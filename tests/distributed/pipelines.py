@@ -16,6 +16,7 @@ from PIL import Image
 
 from hf_dflop.data import VisionLanguageCollator
 from hf_dflop.pipeline import MicrobatchShape, PipelineModel, StepBatch, StepShape, build_batch
+from hf_dflop.pipeline.skeleton import unwrap
 from hf_dflop.plan import ModulePlan, Plan
 from tests.unit.data import families
 from tests.unit.rows import tiny
@@ -122,10 +123,25 @@ def model(
     encoder: int = 0,
     feature_layers: tuple[int, ...] = (),
     key_heads: int = 0,
+    adapted: str = "",
+    shared: bool = False,
 ) -> Any:
     """A fresh model, the same on every rank; `encoder` layers of the encoder, features of `feature_layers`,
-    `key_heads` heads of keys and values."""
-    return copy.deepcopy(_master(family, dtype, layers, tied, deepstack, encoder, feature_layers, key_heads))
+    `key_heads` heads of keys and values; with LoRA on the modules whose names fit the expression `adapted`; with a
+    weight that the first and the last layer have in common."""
+    built = copy.deepcopy(_master(family, dtype, layers, tied, deepstack, encoder, feature_layers, key_heads))
+    if shared:
+        decoder = built.model.language_model.layers
+        decoder[-1].mlp.up_proj.weight = decoder[0].mlp.up_proj.weight
+    return with_lora(built, target_modules=adapted) if adapted else built
+
+
+def with_lora(built: Any, **settings: Any) -> Any:
+    """Wrapped by peft; both matrices random, so that both get gradients at once."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(2)
+    return get_peft_model(built, LoraConfig(r=2, init_lora_weights=False, **settings))
 
 
 def plan(
@@ -259,7 +275,8 @@ def stock_gradients(
                 loss.backward()
             total += float(loss.detach())
     return total, {
-        n: None if p.grad is None else p.grad.clone() for n, p in built.named_parameters(remove_duplicate=False)
+        n: None if p.grad is None else p.grad.clone()
+        for n, p in unwrap(built).named_parameters(remove_duplicate=False)
     }
 
 

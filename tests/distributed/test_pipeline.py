@@ -15,7 +15,7 @@ def test_gradients_are_those_of_one_process() -> None:
 
 def test_schedules_placements_and_negative_controls() -> None:
     output = launch(f"{SCRIPTS}.pipeline_schedules", "all", num_processes=5)
-    assert output.count("schedules: ") >= 51
+    assert output.count("schedules: ") >= 57
 
 
 def test_ten_steps_and_a_stock_checkpoint() -> None:
@@ -26,3 +26,8 @@ def test_ten_steps_and_a_stock_checkpoint() -> None:
 def test_ten_steps_and_a_stock_checkpoint_with_the_encoder_in_stages() -> None:
     output = launch(f"{SCRIPTS}.pipeline_steps", "qwen2_5_vl", "1,1,1", "float64", "2,2", num_processes=3)
     assert output.count("steps: ") == 1
+
+
+def test_no_rank_holds_more_than_the_planner_foresees() -> None:
+    output = launch(f"{SCRIPTS}.pipeline_memory", num_processes=3)
+    assert output.count("memory: ") == 5

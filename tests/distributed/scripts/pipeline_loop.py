@@ -1,8 +1,8 @@
 """A hand-written Accelerate loop over a pipeline against the stock loop in one process. Arguments: what, a folder.
 
 stock FOLDER            (one process) two epochs of a stock Accelerate loop, in float32 and float64
-example FOLDER PP       the example in the docstring of `hf_dflop.prepare`, run; against `stock`
-loop FOLDER PP          a loop that takes an optimizer class; its losses and norms; saved and resumed; what must fail
+example FOLDER PP,DP    the example in the docstring of `hf_dflop.prepare`, run; against `stock`
+loop FOLDER PP,DP       a loop that takes an optimizer class; its losses and norms; saved and resumed; what must fail
 """
 
 import copy
@@ -22,12 +22,13 @@ from transformers import AutoModelForImageTextToText
 import hf_dflop
 from hf_dflop.plan import ModulePlan, Plan
 from tests.distributed import pipelines
-from tests.distributed.scripts.pipeline_trainer import ingredients
+from tests.distributed.scripts.pipeline_trainer import TOLERANCE, ingredients
 
 MICROBATCHES, CALLS, SIZE, EPOCHS = 2, 2, 2, 2
 MAX_NORM, SEED = 0.5, 11
 ADAMW = {"lr": 1e-3, "weight_decay": 0.1}
-TOLERANCE = {"float32": 1e-5, "float64": 1e-9}
+EVEN = DataLoaderConfiguration(use_seedable_sampler=True, even_batches=False)
+"""One process has no round of microbatches to fill up at an epoch's end."""
 
 
 @functools.cache
@@ -46,11 +47,7 @@ def stock(folder: Path) -> None:
     found = {}
     for name in TOLERANCE:
         built, rows, collator = fresh(getattr(torch, name))
-        accelerator = Accelerator(
-            cpu=True,
-            gradient_accumulation_steps=MICROBATCHES * CALLS,
-            dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),
-        )
+        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=MICROBATCHES * CALLS, dataloader_config=EVEN)
         optimizer = torch.optim.AdamW(built.parameters(), **ADAMW)
         scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=10)
         loader = DataLoader(rows, batch_size=SIZE, shuffle=True, collate_fn=collator)
@@ -79,9 +76,11 @@ def stock(folder: Path) -> None:
     torch.save(found, folder / "loop.pt")
 
 
-def make_plan(pp: int) -> Plan:
+def make_plan(pp: int, dp: int) -> Plan:
     layers = (1, 1) if pp == 2 else (2,)
-    return Plan(vision=ModulePlan(layers=(2,)), llm=ModulePlan(layers=layers), num_microbatches=MICROBATCHES)
+    return Plan(
+        vision=ModulePlan(layers=(2,)), llm=ModulePlan(layers=layers, dp=dp), num_microbatches=MICROBATCHES // dp
+    )
 
 
 def moved(model: Any, expected: Any) -> float:
@@ -93,14 +92,20 @@ def moved(model: Any, expected: Any) -> float:
     )
 
 
-def example(folder: Path, pp: int) -> None:
+def example(folder: Path, layout: tuple[int, int]) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", str(hf_dflop.prepare.__doc__), re.DOTALL)
     stock_run = torch.load(folder / "loop.pt", weights_only=False)
     for dtype, tolerance in TOLERANCE.items():
         model, annotated, collator = fresh(getattr(torch, dtype))
         out = folder / f"example{dtype}"
-        names = {"model": model, "annotated": annotated, "collator": collator, "plan": make_plan(pp), "folder": out}
-        shared = {"hf_dflop": hf_dflop, "torch": torch, "Accelerator": Accelerator}
+        names = {
+            "model": model,
+            "annotated": annotated,
+            "collator": collator,
+            "plan": make_plan(*layout),
+            "folder": out,
+        }
+        shared = {"hf_dflop": hf_dflop, "torch": torch, "Accelerator": partial(Accelerator, dataloader_config=EVEN)}
         exec(re.sub("^    ", "", code, flags=re.MULTILINE), shared | names, names)
         pipe = names["model"]
         worst = moved(pipe, stock_run[dtype]["state"])
@@ -110,19 +115,19 @@ def example(folder: Path, pp: int) -> None:
         assert set(loaded) == set(stock_run[dtype]["state"])
         assert names["scheduler"].get_last_lr() == stock_run[dtype]["learning_rate"]
         if pipe.place.rank == 0:
-            print(f"example: {dtype} {worst:.1e}", flush=True)
+            print(f"example: {layout} {dtype} {worst:.1e}", flush=True)
 
 
-def loop(folder: Path, pp: int) -> None:
+def loop(folder: Path, layout: tuple[int, int]) -> None:
     stock_run = torch.load(folder / "loop.pt", weights_only=False)
     for dtype, tolerance in TOLERANCE.items():
-        run = Run(pp, dtype)
+        run = Run(layout, dtype)
         run.train(save=folder / "state")
         for (loss, norm, _), (stock_loss, stock_norm, _) in zip(run.log, stock_run[dtype]["log"], strict=False):
             assert abs(loss / stock_loss - 1) <= tolerance, (dtype, loss, stock_loss)
             assert abs(norm / stock_norm - 1) <= tolerance, (dtype, norm, stock_norm)
         assert len(run.log) == 4
-        again = Run(pp, dtype)
+        again = Run(layout, dtype)
         again.train(resume=folder / "state")
         expected = run.model.state_dict()
         unequal = {
@@ -131,7 +136,7 @@ def loop(folder: Path, pp: int) -> None:
             if not torch.equal(value, expected[name])
         }
         assert not unequal, (dtype, unequal)
-    local = Run(pp, "float32", local_norm=True)
+    local = Run(layout, "float32", local_norm=True)
     local.train()
     differs = max(abs(a / b - 1) for (_, a, _), (_, b, _) in zip(local.log, stock_run["float32"]["log"], strict=False))
     assert pipelines.over_ranks(differs) > 1e-3, differs  # the check can fail
@@ -142,13 +147,13 @@ def loop(folder: Path, pp: int) -> None:
 class Run:
     """One epoch with an optimizer class, a dataloader and a scheduler on the returned optimizer."""
 
-    def __init__(self, pp: int, dtype: str, *, local_norm: bool = False) -> None:
+    def __init__(self, layout: tuple[int, int], dtype: str, *, local_norm: bool = False) -> None:
         built, rows, collator = fresh(getattr(torch, dtype))
-        self.accelerator = Accelerator(gradient_accumulation_steps=CALLS)
+        self.accelerator = Accelerator(gradient_accumulation_steps=CALLS, dataloader_config=EVEN)
         loader = DataLoader(rows, batch_size=SIZE, shuffle=True, collate_fn=collator)
         factory = partial(torch.optim.AdamW, **ADAMW)
         self.model, self.optimizer, self.loader = hf_dflop.prepare(
-            self.accelerator, built, factory, loader, make_plan(pp), check=False
+            self.accelerator, built, factory, loader, make_plan(*layout), check=False
         )
         self.scheduler = self.accelerator.prepare(
             torch.optim.lr_scheduler.LinearLR(self.optimizer.optimizer, total_iters=10)
@@ -186,5 +191,5 @@ if __name__ == "__main__":
     if what == "stock":
         stock(where)
     else:
-        {"example": example, "loop": loop}[what](where, int(sys.argv[3]))
+        {"example": example, "loop": loop}[what](where, tuple(map(int, sys.argv[3].split(","))))
         torch.distributed.destroy_process_group()

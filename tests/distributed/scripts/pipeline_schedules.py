@@ -159,6 +159,20 @@ CASES: dict[str, Case] = {
     "encoder in stages, features of a late depth": Case(
         layout=(1, 1, 1), plan={"encoder": (2, 2)}, model=FOUR | {"feature_layers": (2, -1)}
     ),
+    "adapters": Case(layout=(1, 2, 2), model={"tied": True, "adapted": r".*(q_proj|v_proj|down_proj|fc1|linear_2)"}),
+    "adapters, zero bubble": Case(
+        layout=(2, 2, 1), plan=ZB, model={"adapted": r".*(q_proj|up_proj|qkv|mlp\.2)"}, family="qwen2_5_vl"
+    ),
+    "adapters, encoder in stages": Case(
+        layout=(1, 1, 1), plan=ZB | {"encoder": (2, 2)}, model=FOUR | {"adapted": r".*(q_proj|fc2)"}
+    ),
+    "adapters in the last layer alone": Case(
+        layout=(1, 2, 1), plan=ZB, model={"adapted": r".*layers\.3\.mlp\.up_proj"}
+    ),
+    "adapters in the encoder alone": Case(
+        layout=(1, 2, 1), plan={"placement": "colocated"}, model={"adapted": r".*(fc1|linear_1)"}
+    ),
+    "a weight of two stages": Case(layout=(1, 2, 1), model={"shared": True}, refused="trained as two"),
     "stock zero bubble": Case(layout=(1, 2, 1), plan=ZB, cells={"text_only": True}, patch=stock_split, wrong=True),
 }
 
@@ -175,10 +189,11 @@ def run(worlds: p.Worlds, name: str, case: Case) -> None:
     expected: Any = None
     if worlds.rank == 0:
         from hf_dflop.pipeline.setup import freeze
+        from hf_dflop.pipeline.skeleton import unwrap
         from hf_dflop.pipeline.structure import read_structure
 
         labels = p.shape_of(case.family, [[cell] for cell in cells], collate).label_tokens
-        freeze(built, read_structure(built), plan.frozen)
+        freeze(unwrap(built), read_structure(unwrap(built)), plan.frozen)
         context = contextlib.nullcontext() if case.autocast is None else torch.autocast("cpu", case.autocast)
         with context:
             expected = p.stock_gradients(built, cells, collate, labels)
@@ -193,20 +208,29 @@ def run(worlds: p.Worlds, name: str, case: Case) -> None:
             order = make_order(
                 "1f1b", stage_rank=columns, num_microbatches=len(dealt), microbatches=[3, 1, 7, 0, 6, 2, 5, 4]
             )
-        pipe = PipelineModel.from_model(
-            p.model(case.family, dtype, **case.model),
-            plan=plan,
-            autocast=case.autocast,
-            order=order,
-            check=case.check or bool(case.refused),
-        )
-        shape = p.shape_of(case.family, dealt, collate)
-        batch = p.batch_of(pipe, dealt, shape, collate, p.casting(p.collator(case.family), dtype))
+
+        def build() -> tuple[PipelineModel, p.StepBatch]:
+            pipe = PipelineModel.from_model(
+                p.model(case.family, dtype, **case.model),
+                plan=plan,
+                autocast=case.autocast,
+                order=order,
+                check=case.check or bool(case.refused),
+            )
+            shape = p.shape_of(case.family, dealt, collate)
+            encode = p.casting(p.collator(case.family), dtype)
+            return pipe, p.batch_of(pipe, dealt, shape, collate, encode)
+
+        def step_first() -> None:
+            pipe, batch = build()
+            pipe.step(batch)
+
         if case.refused:
             with pytest.raises(DflopError, match=case.refused):
-                pipe.step(batch)
+                step_first()
             print(f"schedules: {name}: refused", flush=True)
             return
+        pipe, batch = build()
         evaluated = pipe.step(batch, backward=False)
         result = pipe.step(batch)
         error, where = p.worst_error(pipe, gradients)

@@ -65,7 +65,7 @@ def needed(action: Action) -> list[Action]:
 def trainer(folder: Path) -> None:
     """(encoder | LLM), two calls a step; the second step's encoder is held up."""
     built = pipeline_trainer.make_trainer(
-        (1, 1, 1),
+        pipeline_trainer.Case.parse("llava:1,1,1"),
         pipeline_trainer.arguments(folder / "trainer", max_steps=3, eval_strategy="steps", eval_steps=2),
         torch.float32,
         trace_dir=folder / "trainer",

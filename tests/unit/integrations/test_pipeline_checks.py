@@ -33,6 +33,7 @@ def test_what_fits_passes(tmp_path: Any) -> None:
         ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha"),
         ({"auto_find_batch_size": True}, "auto_find_batch_size"),
         ({"bf16": True}, "autocast=torch.bfloat16"),
+        ({"fp16": True}, "autocast=torch.float16"),
         ({"gradient_accumulation_steps": 3}, "Set it to 4"),
         ({"per_device_train_batch_size": 4}, "global_batch_size is 16"),
         ({"accelerator_config": {"use_seedable_sampler": False}}, "use_seedable_sampler"),

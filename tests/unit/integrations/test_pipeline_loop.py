@@ -109,7 +109,7 @@ def accelerator(**settings: Any) -> Any:
     ("settings", "says"),
     [
         ({"distributed_type": "FSDP"}, "the plan lays out the model"),
-        ({"mixed_precision": "fp16"}, "scaler"),
+        ({"mixed_precision": "fp8"}, "use bf16, fp16 or no"),
         ({"gradient_state": SimpleNamespace(sync_with_dataloader=False)}, "sync_with_dataloader"),
     ],
 )

@@ -1,0 +1,47 @@
+"""What stages cannot compute is refused, not left out: the routers' balancing loss, videos, adapters in shards."""
+
+import pytest
+import torch
+
+from hf_dflop.errors import ModelError, PlanError
+from hf_dflop.pipeline import MicrobatchShape, StepShape, Topology, build_batch
+from hf_dflop.pipeline.split import build_part
+from hf_dflop.pipeline.skeleton import unwrap
+from hf_dflop.pipeline.structure import read_structure
+from hf_dflop.pipeline.tensor_rules import tensor_rules
+from hf_dflop.plan import ModulePlan, Plan
+from tests.distributed import pipelines
+
+
+def test_the_balancing_loss_of_routers_is_refused_before_and_after_the_model_was_cut() -> None:
+    model, plan = pipelines.model("qwen3_vl_moe", torch.float32), pipelines.plan((1, 2, 1))
+    last = build_part(model, read_structure(model), plan, 2)
+    ids = torch.arange(5)[None] + 10
+    inputs = {"input_ids": ids, "labels": ids, "mm_token_type_ids": torch.zeros_like(ids)}
+    hidden = torch.randn(1, 5, model.config.get_text_config().hidden_size)
+    assert last(inputs, hidden, None, torch.tensor(4)).loss.requires_grad
+    with pytest.raises(ModelError, match="balancing loss"):
+        last(inputs | {"output_router_logits": True}, hidden, None, torch.tensor(4))
+    model.config.text_config.output_router_logits = True
+    with pytest.raises(ModelError, match="balancing loss"):
+        last(inputs, hidden, None, torch.tensor(4))
+    with pytest.raises(ModelError, match="balancing loss"):
+        read_structure(model)
+
+
+@pytest.mark.parametrize("key", ["pixel_values_videos", "video_grid_thw"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_videos_are_refused(key: str, rank: int) -> None:
+    shape = StepShape(microbatches=((MicrobatchShape.of([5], [2]),),), label_tokens=4)
+    topology = Topology(plan=pipelines.plan((1, 1, 1), num_microbatches=1))
+    with pytest.raises(ModelError, match=f"holds {key}; the pipeline runs images only"):
+        build_batch(shape, topology, rank, lambda samples: {"input_ids": torch.zeros(1, 5), key: torch.ones(1)})
+
+
+def test_adapters_are_not_split_over_tensor_parallel_ranks() -> None:
+    model = unwrap(pipelines.model("llava", torch.float32, adapted=".*q_proj"))
+    structure, tp_plan = read_structure(model), dict(model.tp_plan)
+    plan = Plan(vision=ModulePlan(layers=(2,)), llm=ModulePlan(layers=(4,), tp=2), num_microbatches=1)
+    with pytest.raises(PlanError, match="adapters"):
+        tensor_rules(model, tp_plan, structure, plan)
+    assert tensor_rules(unwrap(pipelines.model("llava", torch.float32)), tp_plan, structure, plan)
