@@ -30,13 +30,8 @@ def tensor_rules(model: Any, tp_plan: Mapping[str, str], structure: Structure, p
     """The rules of the modules with a degree above 1; parameters come before the module that holds them.
 
     Raises:
-        PlanError: a module has no tensor-parallel plan, the degree does not fit it, or the model has adapters.
+        PlanError: a module has no tensor-parallel plan, or the degree does not fit it.
     """
-    if getattr(model, "peft_config", None) and max(plan.vision.tp, plan.llm.tp) > 1:
-        raise PlanError(
-            "the model has peft's adapters, whose matrices no tensor-parallel plan names. Plan without tensor "
-            'parallelism (-c "no-tp"), or merge the adapters.'
-        )
     rules: dict[str, str] = {}
     if plan.vision.tp > 1:
         rules |= vision_rules(model, tp_plan, structure, plan.vision.tp)
