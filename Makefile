@@ -1,6 +1,6 @@
 # Every target sets up what it needs and picks up where it stopped.
 #   make demo     the main job on real data: stock against balanced, ends with a table and report.html
-#   make test     the test suite
+#   make test     the test suite; test-all: with combinations of conditions that it has one by one
 #   make quality  formatting, lint, types, import contracts
 #   make bench    every benchmark (about half an hour), then docs/benchmarks.md; bench-smoke: two minutes, ratios alone
 PYTHON ?= python3
@@ -13,7 +13,7 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help setup demo test quality bench bench-smoke format clean
+.PHONY: help setup demo test test-all quality bench bench-smoke format clean
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -6
 
@@ -37,6 +37,9 @@ demo: setup
 
 test: setup
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
+
+test-all: setup
+	@HF_DFLOP_EVERY_CASE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 
 quality: setup
 	@$(BIN)/ruff format --check .

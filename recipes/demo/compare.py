@@ -51,6 +51,40 @@ class CountingCollator(TrainerCallback):
         self.tokens = self.computed = 0
 
 
+def observe(
+    ingredients: finetune_vlm.Ingredients, count: int, clock: Callable[[], float] = time.perf_counter
+) -> list[tuple[list[int], float]]:
+    """Samples and seconds of `count` real microbatches, the same ones whenever and wherever it is called."""
+    shapes = Shapes.of_dataset(ingredients.train)
+    model = copy.deepcopy(ingredients.model).train()
+    draft = CostModel.analytic(ModelSpec.from_config(model.config), causal_factor=1.0)
+    # From the cheapest to the costliest sample, in a mixed order, one or two in a microbatch; one more to warm up.
+    by_cost = np.argsort(draft.sample_seconds(shapes).sum(axis=1))
+    spread = np.linspace(0, len(shapes) - 2, count + 1).astype(int)
+    spread = np.random.default_rng(1).permutation(spread)
+    observed = []
+    for turn, place in enumerate(spread):
+        picked = by_cost[place : place + 1 + turn % 2].tolist()
+        batch = ingredients.collator([ingredients.train[i] for i in picked])
+        start = clock()
+        model(**batch).loss.backward()
+        seconds = clock() - start
+        if turn > 0:
+            observed.append((picked, seconds))
+        model.zero_grad()
+    return observed
+
+
+def fit(ingredients: finetune_vlm.Ingredients, observed: list[tuple[list[int], float]]) -> CostModel:
+    """The cost model of what `observe` gave."""
+    shapes = Shapes.of_dataset(ingredients.train)
+    observations = [
+        Observation(shapes=shapes.select(picked), padded=True, seconds=seconds) for picked, seconds in observed
+    ]
+    spec = ModelSpec.from_config(ingredients.model.config)
+    return CostModel.fit(spec, observations, trainable=Trainable(), causal_factor=1.0)
+
+
 def calibrate(
     ingredients: finetune_vlm.Ingredients,
     count: int,
@@ -59,27 +93,9 @@ def calibrate(
     clock: Callable[[], float] = time.perf_counter,
 ) -> CostModel:
     """Measure `count` real microbatches (every rank the same ones at the same time), fit, save and return."""
-    shapes = Shapes.of_dataset(ingredients.train)
-    model = copy.deepcopy(ingredients.model).train()
-    spec = ModelSpec.from_config(model.config)
-    draft = CostModel.analytic(spec, causal_factor=1.0)
-    # From the cheapest to the costliest sample, in a mixed order, one or two in a microbatch; one more to warm up.
-    by_cost = np.argsort(draft.sample_seconds(shapes).sum(axis=1))
-    spread = np.linspace(0, len(shapes) - 2, count + 1).astype(int)
-    spread = np.random.default_rng(1).permutation(spread)
-    observations = []
-    for turn, place in enumerate(spread):
-        picked = by_cost[place : place + 1 + turn % 2].tolist()
-        batch = ingredients.collator([ingredients.train[i] for i in picked])
-        start = clock()
-        model(**batch).loss.backward()
-        seconds = clock() - start
-        if turn > 0:
-            observations.append(Observation(shapes=shapes.select(picked), padded=True, seconds=seconds))
-        model.zero_grad()
+    observed = observe(ingredients, count, clock)
     if rank == 0:
-        fitted = CostModel.fit(spec, observations, trainable=Trainable(), causal_factor=1.0)
-        write_whole(path, fitted.to_json())
+        write_whole(path, fit(ingredients, observed).to_json())
     torch.distributed.barrier()
     return CostModel.load(path)
 

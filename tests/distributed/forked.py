@@ -1,25 +1,30 @@
-"""Runs a module on several ranks, as torchrun would, in processes forked from one that has imported the libraries.
+"""Runs modules on several ranks, as torchrun would, in processes forked from one that has imported the libraries.
 
-Importing them is half of the time of a short test; so it is done once for all ranks. The environment of a rank is
-torchrun's. When one rank fails, the others are ended.
+Importing them is half of the time of a short test; so it is done once, for all ranks of all launches. A launch is a
+line of JSON on standard input: `module`, `arguments`, `num_processes` (0: one process without a rank), `environment`,
+`output` (a file). The answers are two lines: the process group of the launch, and when all is over its exit status.
+The environment of a rank is torchrun's. When one rank fails, the others are ended.
 """
 
 import importlib
+import json
 import os
 import runpy
 import signal
 import socket
 import sys
 import traceback
+from typing import Any
 
 import torch
 
 # What the scripts import. Nothing here may start threads: a fork takes only the calling one along.
 _LIBRARIES = [
-    "accelerate", "datasets", "peft", "transformers.trainer", "transformers.models.auto.modeling_auto",
+    "accelerate", "datasets", "peft", "torch.distributed.fsdp", "torch.distributed.pipelining",
+    "torch.distributed.tensor", "transformers.trainer", "transformers.models.auto.modeling_auto",
     "transformers.models.llava.modeling_llava", "transformers.models.llama.modeling_llama",
-    "transformers.models.clip.modeling_clip", "hf_dflop.integrations.callback", "hf_dflop.data.packing_check",
-    "hf_dflop.profile.dataset", "hf_dflop.balance.search",
+    "transformers.models.clip.modeling_clip", "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl",
+    "transformers.models.gemma3.modeling_gemma3", "transformers.models.qwen3_vl.modeling_qwen3_vl",
 ]  # fmt: skip
 
 
@@ -30,12 +35,8 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def run_rank(rank: int, num_processes: int, port: int, module: str, arguments: list[str]) -> None:
+def run_module(module: str, arguments: list[str]) -> None:
     """What a forked process does; never returns."""
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(num_processes), LOCAL_WORLD_SIZE=str(num_processes),
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-    )  # fmt: skip
     sys.argv = [module, *arguments]
     status = 1
     try:
@@ -51,17 +52,18 @@ def run_rank(rank: int, num_processes: int, port: int, module: str, arguments: l
         os._exit(status)
 
 
-def main() -> None:
-    num_processes, module, *arguments = sys.argv[1:]
-    torch.set_num_threads(1)
-    for library in _LIBRARIES:
-        importlib.import_module(library)
+def run_ranks(module: str, arguments: list[str], num_processes: int) -> int:
+    """Fork all ranks and wait for them; returns the exit status."""
     port = free_port()
     children = {}
-    for rank in range(int(num_processes)):
+    for rank in range(num_processes):
         child = os.fork()
         if child == 0:
-            run_rank(rank, int(num_processes), port, module, arguments)
+            os.environ.update(
+                RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(num_processes),
+                LOCAL_WORLD_SIZE=str(num_processes), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+            )  # fmt: skip
+            run_module(module, arguments)
         children[child] = rank
     failed = False
     while children:
@@ -72,7 +74,41 @@ def main() -> None:
             print(f"rank {rank} ended with status {os.waitstatus_to_exitcode(status)}", flush=True)
             for other in children:
                 os.kill(other, signal.SIGKILL)
-    sys.exit(int(failed))
+    return int(failed)
+
+
+def run_launch(launch: dict[str, Any]) -> None:
+    """What the process of a launch does; never returns."""
+    os.setsid()
+    output = os.open(launch["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.environ.clear()
+    os.environ.update(launch["environment"])
+    if launch["num_processes"] == 0:
+        run_module(launch["module"], launch["arguments"])
+    status = 1
+    try:
+        status = run_ranks(launch["module"], launch["arguments"], launch["num_processes"])
+    finally:
+        sys.stdout.flush()
+        os._exit(status)
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a library prints is no answer
+    torch.set_num_threads(1)
+    for library in _LIBRARIES:
+        importlib.import_module(library)
+    for line in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            run_launch(json.loads(line))
+        print(child, file=answers, flush=True)
+        _, status = os.waitpid(child, 0)
+        print(os.waitstatus_to_exitcode(status), file=answers, flush=True)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import pytest
 
+from tests.distributed.every_case import EVERY_CASE
 from tests.distributed.launch import launch
 
 pytestmark = pytest.mark.distributed
@@ -15,7 +16,7 @@ def test_gradients_are_those_of_one_process() -> None:
 
 def test_schedules_placements_and_negative_controls() -> None:
     output = launch(f"{SCRIPTS}.pipeline_schedules", "all", num_processes=5)
-    assert output.count("schedules: ") >= 57
+    assert output.count("schedules: ") >= (57 if EVERY_CASE else 44)
 
 
 def test_ten_steps_and_a_stock_checkpoint() -> None:

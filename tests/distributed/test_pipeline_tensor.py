@@ -1,12 +1,10 @@
 """Tensor parallelism inside the stages of a pipeline: gradients, steps, checkpoints; in several processes."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.distributed.launch import ROOT, launch
+from tests.distributed.launch import launch
 
 pytestmark = pytest.mark.distributed
 SCRIPTS = "tests.distributed.scripts"
@@ -19,6 +17,6 @@ def test_gradients_are_those_of_one_process_and_controls_fail() -> None:
 
 def test_trainer_steps_saves_and_resumes_with_other_degrees(tmp_path: Path) -> None:
     script = f"{SCRIPTS}.pipeline_tensor_trainer"
-    subprocess.run([sys.executable, "-m", script, "stock", str(tmp_path)], cwd=ROOT, check=True, timeout=180)
+    launch(script, "stock", str(tmp_path), num_processes=0)
     output = launch(script, "train", str(tmp_path), num_processes=3)
     assert output.count("trainer: ") == 1

@@ -22,10 +22,10 @@ from hf_dflop.pipeline import PipelineModel
 from hf_dflop.pipeline.grads import sum_gradients
 from recipes import finetune_vlm
 from recipes.benchmarks.pipeline.ingredients import Ingredients, slowest
-from recipes.demo.compare import calibrate
+from recipes.demo.compare import fit, observe
 from recipes.demo.settings import write_whole
 
-__all__ = ["Links", "both", "measure_costs", "measure_links", "measure_optimizer"]
+__all__ = ["Costs", "Links", "both", "measure_links", "measure_optimizer"]
 
 _REPEATS = 5
 
@@ -50,10 +50,16 @@ class Links:
         return np.where(np.asarray(num_bytes) > 0, seconds, 0.0)
 
 
-def measure_costs(ingredients: Ingredients, path: Path) -> CostModel:
-    """Fitted to single microbatches of the whole model, as the demo does; kept in `path`, the first process's."""
-    if not both(path.exists()):
-        own = finetune_vlm.Ingredients(
+class Costs:
+    """Single microbatches of the whole model, measured again and again between the steps that they are to predict.
+
+    The cores of a shared machine get faster and slower within minutes. Of every microbatch the mean counts, over all
+    looks and both processes: a step is a sum of many of them, with the slow ones.
+    """
+
+    def __init__(self, ingredients: Ingredients) -> None:
+        self._count = ingredients.settings.num_observations
+        self._own = finetune_vlm.Ingredients(
             model=ingredients.master,
             processor=ingredients.collator.processor,
             collator=ingredients.collator,
@@ -61,8 +67,19 @@ def measure_costs(ingredients: Ingredients, path: Path) -> CostModel:
             evaluation=None,
             profile=ingredients.profile,
         )
-        calibrate(own, ingredients.settings.num_observations, path, dist.get_rank())
-    return CostModel.load(path)
+        self._looks: list[list[tuple[list[int], float]]] = []
+
+    def look(self) -> None:
+        """Measure all microbatches once, on both processes at the same time."""
+        dist.barrier()
+        told: list[Any] = [None, None]
+        dist.all_gather_object(told, observe(self._own, self._count))
+        self._looks += told
+
+    def fitted(self) -> CostModel:
+        """The cost model of all looks so far, the same on both processes."""
+        same = zip(*self._looks, strict=True)
+        return fit(self._own, [(looks[0][0], float(np.mean([s for _, s in looks]))) for looks in same])
 
 
 def measure_links(path: Path) -> Links:

@@ -1,9 +1,10 @@
 """Six combinations of plan and grouping: predicted beside measured seconds of a step, and where they differ.
 
-For each combination, the simulator composes and orders the microbatches of every global batch and says what the step
-will take, from what was measured apart (costs, links, optimizer). Then the pipeline runs these microbatches in this
-order, all combinations in turn, round after round, and writes its trace. One global batch more runs beside the others:
-to its trace the correction is fitted, with which the others are predicted a second time.
+For each combination, the simulator composes and orders the microbatches of every global batch. The pipeline runs these
+microbatches in this order, all combinations in turn, round after round, and writes its trace; before each round single
+microbatches are measured again. From these (and links and optimizer, measured once) the simulator says what the steps
+take. One global batch more runs beside the others: to its trace the correction is fitted, with which the others are
+predicted a second time.
 
 In: `Ingredients`. Out: rows of kind `pipeline`, one per combination, batch and round, and of kind `action`.
 """
@@ -24,7 +25,7 @@ from hf_dflop.plan.simulate import simulate_order
 from hf_dflop.plan.stage_seconds import sample_seconds, stage_seconds
 from hf_dflop.plan.step import PlannedStep, plan_step, step_durations
 from recipes.benchmarks.common.results import Row
-from recipes.benchmarks.pipeline.costs import Links, measure_optimizer
+from recipes.benchmarks.pipeline.costs import Costs, Links, measure_optimizer
 from recipes.benchmarks.pipeline.ingredients import Ingredients, say, slowest
 from recipes.benchmarks.pipeline.settings import GROUPINGS, PLANS, make_plan
 
@@ -52,7 +53,6 @@ class Combination:
         # of the batch for the calibration, then of those that are measured
         self.planned: list[PlannedStep] = []
         self.inputs: list[StepBatch] = []
-        self.predicted_s: list[float] = []
 
     @property
     def label(self) -> str:
@@ -68,27 +68,11 @@ class Combination:
             trace.end_step(self.inputs[batch], step=number)
         return result.loss
 
-    def plan_batch(
-        self, ingredients: Ingredients, batch: Any, cost: CostModel, links: Links
-    ) -> tuple[PlannedStep, float]:
-        """Composition, order and predicted seconds of a global batch."""
-        optimizer_s: Any = self.optimizer_s if self.name != "DP 2" else max(self.optimizer_s)
-        shapes = ingredients.shapes.select(batch)
-        planned = plan_step(
-            self.plan,
-            cost,
-            shapes,
-            communication=links,
-            wire_bytes=WIRE_BYTES,
-            optimizer_s=optimizer_s,
-            by_pipeline=True,  # "DP 2" too
-        )
-        return planned, simulate_order(planned.order, planned.durations).step_s
-
-    def again(
-        self, batch: int, ingredients: Ingredients, cost: CostModel, links: Links, calibration: Calibration
+    def predict(
+        self, batch: int, ingredients: Ingredients, cost: CostModel, links: Links, calibration: Calibration | None
     ) -> float:
-        """The corrected prediction of the very composition and order that ran."""
+        """Predicted seconds of the very composition and order that ran."""
+        optimizer_s: Any = self.optimizer_s if self.name != "DP 2" else max(self.optimizer_s)
         shapes = ingredients.shapes.select([ingredients.calibration, *ingredients.batches][batch])
         planned = self.planned[batch]
         stages = stage_seconds(self.plan, sample_seconds(self.plan, cost, shapes), shapes, planned.groups)
@@ -98,8 +82,9 @@ class Combination:
             stages,
             communication=links,
             wire_bytes=WIRE_BYTES,
+            optimizer_s=optimizer_s,
             calibration=calibration,
-            by_pipeline=True,
+            by_pipeline=True,  # "DP 2" too
         )
         return simulate_order(planned.order, durations).step_s
 
@@ -137,20 +122,24 @@ def _plan(ingredients: Ingredients, name: str, *, balance: bool) -> Plan:
     )
 
 
-def predict_and_run(ingredients: Ingredients, cost: CostModel, links: Links, folder: Path) -> list[Row]:
-    """Predict, run and compare the six combinations."""
+def predict_and_run(ingredients: Ingredients, costs: Costs, links: Links, folder: Path) -> list[Row]:
+    """Compose, run, predict and compare the six combinations."""
     settings = ingredients.settings
+    cost = costs.fitted()
     combinations = _combinations(ingredients, folder)
     for combination in combinations:
         for batch in (ingredients.calibration, *ingredients.batches):
-            planned, predicted_s = combination.plan_batch(ingredients, batch, cost, links)
+            shapes = ingredients.shapes.select(batch)
+            planned = plan_step(
+                combination.plan, cost, shapes, communication=links, wire_bytes=WIRE_BYTES, by_pipeline=True
+            )
             combination.planned.append(planned)
-            combination.predicted_s.append(predicted_s)
             combination.inputs.append(ingredients.inputs(combination.pipe, batch, planned.groups))
         combination.step(0)
     measured: list[Row] = []
     losses: dict[int, float] = {}
     for round_ in range(settings.num_rounds):
+        costs.look()
         turn = combinations[round_ % len(combinations) :] + combinations[: round_ % len(combinations)]
         for combination in turn if round_ % 2 == 0 else turn[::-1]:
             for b in range(settings.num_batches + 1):
@@ -163,14 +152,17 @@ def predict_and_run(ingredients: Ingredients, cost: CostModel, links: Links, fol
                     measured.append({"arm": combination.label, "round": round_, "batch": b - 1, "seconds": seconds})
             say(f"round {round_ + 1}, {combination.label}: {seconds:.2f} s")
     dist.barrier()
+    cost = costs.fitted()
     rows: list[Row] = []
     for combination in combinations:
         calibration = _compare(combination, "calibration", ingredients, cost, links, None).calibration
-        again = [combination.again(b, ingredients, cost, links, calibration) for b in range(settings.num_batches + 1)]
+        batches = range(settings.num_batches + 1)
+        first = [combination.predict(b, ingredients, cost, links, None) for b in batches]
+        again = [combination.predict(b, ingredients, cost, links, calibration) for b in batches]
         for row in measured:
             if row["arm"] == combination.label:
                 guesses = {
-                    "predicted_s": combination.predicted_s[row["batch"] + 1],
+                    "predicted_s": first[row["batch"] + 1],
                     "calibrated_s": again[row["batch"] + 1],
                 }
                 names = {"plan": combination.name, "grouping": combination.grouping}

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from recipes.benchmarks.common.results import Row
-from recipes.benchmarks.pipeline.costs import both, measure_costs, measure_links
+from recipes.benchmarks.pipeline.costs import Costs, both, measure_links
 from recipes.benchmarks.pipeline.engines import compare_engines, compare_padding
 from recipes.benchmarks.pipeline.ingredients import prepare, say
 from recipes.benchmarks.pipeline.prediction import predict_and_run
@@ -29,19 +29,23 @@ def main() -> None:
     given = parser.parse_args()
     settings = PipelineSettings.load(given.settings)
     torch.set_num_threads(1)
+    if hasattr(os, "sched_setaffinity"):  # Linux: a process that wanders from core to core adds noise
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[int(os.environ["RANK"]) % len(cores)]})
     dist.init_process_group("gloo")
     if dist.get_world_size() != 2:
         raise SystemExit(f"{dist.get_world_size()} processes were launched; the topic compares plans for two.")
     ingredients = prepare(settings)
     output = settings.output_dir
     begin = time.monotonic()
-    cost = measure_costs(ingredients, output / "cost_model.json")
+    costs = Costs(ingredients)
+    costs.look()
     links = measure_links(output / "links.json")
     say(f"costs in {time.monotonic() - begin:.0f} s; {links}")
     parts: dict[str, Callable[[], list[Row]]] = {
-        "prediction": lambda: predict_and_run(ingredients, cost, links, output / "traces"),
+        "prediction": lambda: predict_and_run(ingredients, costs, links, output / "traces"),
         "engine": lambda: compare_engines(ingredients, output / "traces"),
-        "padding": lambda: compare_padding(ingredients, cost, links),
+        "padding": lambda: compare_padding(ingredients, costs.fitted(), links),
     }
     for name in given.parts:
         path = output / f"{name}.json"

@@ -57,8 +57,8 @@ class PipelineSettings:
     microbatch_samples: int = 2
     num_batches: int = 1
     """Global batches that are measured; one more is what the prediction is calibrated on."""
-    num_rounds: int = 3
-    engine_rounds: int = 5
+    num_rounds: int = 9
+    engine_rounds: int = 9
     num_observations: int = 24
     """Microbatches that the cost model is fitted to."""
     vision_layers: int = 6
