@@ -24,7 +24,8 @@ from tests.distributed.every_case import EVERY_CASE
 COVERED = (
     "interleaved", "zero bubble", "zero bubble, tied in one stage", "colocated", "frozen tower", "frozen encoder",
     "frozen LLM", "checkpointing", "packed", "deepstack", "encoder in stages, tied", "encoder in stages, float32",
-    "encoder in stages, checkpointing",
+    "encoder in stages, checkpointing", "encoder in stages, LLM replicas", "encoder in stages, autocast",
+    "frozen LLM, zero bubble", "zero bubble, chunks", "encoder in stages, frozen encoder",
 )  # fmt: skip
 """Cases whose conditions come together in others; run with every case."""
 
