@@ -6,9 +6,6 @@ samples evaluated). There is no time limit: ranks of different speed must stop a
 While a cap is exceeded, the worst bucket is the one that exceeds its caps most and the search lowers the excess;
 afterwards it is the one with the largest load, and no step may exceed a cap again.
 
-Memory grows with samples + buckets, not with their product: the members of bucket b are
-`member[begin[b]:][:count[b]]`, a run of one array, which moves to the array's free end where it has outgrown its room.
-
 Assumptions: costs are whole numbers held as float64, so every sum is exact and undoing a step restores its state.
 """
 
@@ -41,41 +38,16 @@ def _excess(b, used, caps):
 
 
 @njit(cache=True, nogil=True)
-def _append(sample, b, member, begin, room, count, free):
-    """Add a sample at the end of bucket b; `free` (1,): where `member` is free from. Returns its place there."""
-    if count[b] == room[b]:
-        wanted = 2 * count[b] + 2
-        if free[0] + wanted > member.size:  # close the gaps that buckets left behind when they moved
-            old = member.copy()
-            at = np.int64(0)
-            for other in range(begin.size):
-                first = begin[other]
-                begin[other] = at
-                room[other] = count[other]
-                for x in range(count[other]):
-                    member[at + x] = old[first + x]
-                at += count[other]
-            free[0] = at
-        first = begin[b]
-        begin[b] = free[0]
-        room[b] = wanted
-        for x in range(count[b]):
-            member[free[0] + x] = member[first + x]
-        free[0] += wanted
-    member[begin[b] + count[b]] = sample
-    count[b] += 1
-    return count[b] - 1
-
-
-@njit(cache=True, nogil=True)
-def _transfer(sample, b, bucket, costs, weights, load, used, member, begin, room, count, free, where):
+def _transfer(sample, b, bucket, costs, weights, load, used, member, count, where):
     """Move `sample` from its bucket to bucket `b`."""
     a = bucket[sample]
-    last = member[begin[a] + count[a] - 1]
-    member[begin[a] + where[sample]] = last
+    last = member[a, count[a] - 1]
+    member[a, where[sample]] = last
     where[last] = where[sample]
     count[a] -= 1
-    where[sample] = _append(sample, b, member, begin, room, count, free)
+    member[b, count[b]] = sample
+    where[sample] = count[b]
+    count[b] += 1
     bucket[sample] = b
     for c in range(costs.shape[1]):
         load[a, c] -= costs[sample, c]
@@ -86,7 +58,7 @@ def _transfer(sample, b, bucket, costs, weights, load, used, member, begin, room
 
 
 @njit(cache=True, nogil=True)
-def _best_step(w, t, costs, inverse, weights, caps, load, used, member, begin, count, limit_excess, limit):
+def _best_step(w, t, costs, inverse, weights, caps, load, used, member, count, limit_excess, limit):
     """Best move (j = -1) or swap between buckets w and t that beats (limit_excess, limit).
 
     Returns (i, j, excess, peak); i = -1 when there is none.
@@ -97,9 +69,9 @@ def _best_step(w, t, costs, inverse, weights, caps, load, used, member, begin, c
     best_excess = limit_excess
     best = limit
     for x in range(count[w]):
-        i = member[begin[w] + x]
+        i = member[w, x]
         for y in range(-1 if count[w] > 1 else 0, count[t]):
-            j = member[begin[t] + y] if y >= 0 else np.int64(-1)
+            j = member[t, y] if y >= 0 else np.int64(-1)
             peak_w = 0.0
             peak_t = 0.0
             for c in range(num_components):
@@ -160,19 +132,17 @@ def improve(bucket, costs, inverse, weights, caps, target, kicks, work, seed):
     """
     num_samples = costs.shape[0]
     num_buckets = inverse.size
+    room = num_samples - num_buckets + 2  # one more than the fullest bucket: a swap adds before it removes
     load = np.zeros((num_buckets, costs.shape[1]))
     used = np.zeros((num_buckets, caps.size), dtype=np.int64)
-    count = np.bincount(bucket, minlength=num_buckets)
-    room = count.copy()
-    begin = np.cumsum(count) - count
-    # a bucket that moves takes twice its samples, and 2
-    member = np.empty(4 * num_samples + 2 * num_buckets + 2, dtype=np.int64)
-    free = np.array([num_samples])
+    count = np.zeros(num_buckets, dtype=np.int64)
+    member = np.empty((num_buckets, room), dtype=np.int64)
     where = np.empty(num_samples, dtype=np.int64)
-    count[:] = 0
     for i in range(num_samples):
         b = bucket[i]
-        where[i] = _append(i, b, member, begin, room, count, free)
+        member[b, count[b]] = i
+        where[i] = count[b]
+        count[b] += 1
         for c in range(costs.shape[1]):
             load[b, c] += costs[i, c]
         for k in range(caps.size):
@@ -211,7 +181,6 @@ def improve(bucket, costs, inverse, weights, caps, target, kicks, work, seed):
                     load,
                     used,
                     member,
-                    begin,
                     count,
                     limit_excess,
                     peak if excess == 0 else -1.0,
@@ -221,12 +190,12 @@ def improve(bucket, costs, inverse, weights, caps, target, kicks, work, seed):
                     log_sample[logged] = i
                     log_bucket[logged] = w
                     logged += 1
-                    _transfer(i, t, bucket, costs, weights, load, used, member, begin, room, count, free, where)
+                    _transfer(i, t, bucket, costs, weights, load, used, member, count, where)
                     if j >= 0:
                         log_sample[logged] = j
                         log_bucket[logged] = t
                         logged += 1
-                        _transfer(j, w, bucket, costs, weights, load, used, member, begin, room, count, free, where)
+                        _transfer(j, w, bucket, costs, weights, load, used, member, count, where)
                     found = True
                     break
             if not found:
@@ -236,8 +205,9 @@ def improve(bucket, costs, inverse, weights, caps, target, kicks, work, seed):
         if worse:
             while logged > 0:
                 logged -= 1
-                i, b = log_sample[logged], log_bucket[logged]
-                _transfer(i, b, bucket, costs, weights, load, used, member, begin, room, count, free, where)
+                _transfer(
+                    log_sample[logged], log_bucket[logged], bucket, costs, weights, load, used, member, count, where
+                )
         else:
             best_excess = excess
             best_peak = peak
@@ -249,13 +219,13 @@ def improve(bucket, costs, inverse, weights, caps, target, kicks, work, seed):
         w, excess, peak = _worst(load, used, inverse, caps)
         t = (w + 1 + _next(random) % (num_buckets - 1)) % num_buckets
         for _ in range(1 + _next(random) % 3):
-            i = member[begin[w] + _next(random) % count[w]]
-            j = member[begin[t] + _next(random) % count[t]]
+            i = member[w, _next(random) % count[w]]
+            j = member[t, _next(random) % count[t]]
             log_sample[logged] = i
             log_bucket[logged] = w
             log_sample[logged + 1] = j
             log_bucket[logged + 1] = t
             logged += 2
-            _transfer(i, t, bucket, costs, weights, load, used, member, begin, room, count, free, where)
-            _transfer(j, w, bucket, costs, weights, load, used, member, begin, room, count, free, where)
+            _transfer(i, t, bucket, costs, weights, load, used, member, count, where)
+            _transfer(j, w, bucket, costs, weights, load, used, member, count, where)
             done += num_buckets
