@@ -1,6 +1,7 @@
 """What one image or one video becomes: a record small enough to be kept for every size that a dataset holds."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 __all__ = ["ImageCount", "fold"]
@@ -24,6 +25,19 @@ class ImageCount:
     """Lengths of those runs, in order."""
     feature: str
     """The feature token."""
+
+    @classmethod
+    def of(cls, tiles: Sequence[int], folded: str, runs: tuple[int, ...], feature: str) -> "ImageCount":
+        """From the patches of each tile and what the processor writes."""
+        return cls(
+            tiles=len(tiles),
+            patches=sum(tiles),
+            patches_sq=sum(patches**2 for patches in tiles),
+            image_tokens=sum(runs),
+            folded=folded,
+            runs=runs,
+            feature=feature,
+        )
 
     @property
     def replacement(self) -> str:

@@ -217,15 +217,7 @@ class TokenCounter:
 
     def _image_count(self, replacement: str, tiles: list[int]) -> ImageCount:
         folded, runs = self._fold(replacement)
-        return ImageCount(
-            tiles=len(tiles),
-            patches=sum(tiles),
-            patches_sq=sum(patches**2 for patches in tiles),
-            image_tokens=sum(runs),
-            folded=folded,
-            runs=runs,
-            feature=self.token.feature,
-        )
+        return ImageCount.of(tiles, folded, runs, self.token.feature)
 
     def _call_image_processor(self, height: int, width: int) -> Any:
         return self.processor.image_processor.get_number_of_image_patches(height, width, dict(self._image_kwargs))

@@ -63,15 +63,7 @@ class VideoCounter:
         if len(tokenizer(feature * 3, add_special_tokens=False)["input_ids"]) != 3:
             raise self._unknown(f"repeats {feature!r}, which its tokenizer splits")
         folded, runs = fold(run.replacement, feature)
-        return ImageCount(
-            tiles=len(tiles),
-            patches=sum(tiles),
-            patches_sq=sum(patches**2 for patches in tiles),
-            image_tokens=sum(runs),
-            folded=folded,
-            runs=runs,
-            feature=feature,
-        )
+        return ImageCount.of(tiles, folded, runs, feature)
 
     def _unknown(self, cause: str) -> ProcessorError:
         name: Any = type(self._counter.processor).__name__

@@ -12,12 +12,12 @@ others (see `ending.py`); damage further inside is not.
 import re
 import struct
 import warnings
-from collections.abc import Mapping
 from io import BytesIO, UnsupportedOperation
 from typing import Any
 
 from hf_dflop.errors import DatasetError
 from hf_dflop.rows.ending import looks_cut_off
+from hf_dflop.rows.source import file_source
 
 __all__ = ["image_size", "load_image"]
 
@@ -72,22 +72,13 @@ def load_image(cell: Any, *, where: str = "image") -> Any:
 def _open(cell: Any, where: str) -> Any:
     from PIL import Image
 
-    source: Any = cell
-    if isinstance(cell, Mapping):
-        source = cell.get("path") if cell.get("bytes") is None else cell["bytes"]
-    if isinstance(source, bytes):
-        source = BytesIO(source)
-    elif hasattr(source, "to_pybytes"):  # a buffer of an arrow table, read in place
-        import pyarrow as pa
-
-        source = pa.BufferReader(source)
-    if isinstance(source, str) and source.startswith(("http://", "https://")):
-        raise DatasetError(f"{where}: {source!r} is a URL; store the image in the dataset or as a local file")
-    if not isinstance(source, str) and not hasattr(source, "__fspath__") and not hasattr(source, "seek"):
-        raise DatasetError(
-            f"{where}: {type(cell).__name__} is not an image; expected a PIL image, a path, or a dict with "
-            "'bytes' or 'path' (a dataset format such as 'torch' must be reset with with_format(None))"
-        )
+    source = file_source(
+        cell,
+        where=where,
+        kind="image",
+        expected="a PIL image, a path, or a dict with 'bytes' or 'path' (a dataset format such as 'torch' must be "
+        "reset with with_format(None))",
+    )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)

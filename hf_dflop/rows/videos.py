@@ -15,7 +15,6 @@ import mimetypes
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,7 @@ import numpy.typing as npt
 
 from hf_dflop.errors import DatasetError
 from hf_dflop.rows.images import image_size, load_image
+from hf_dflop.rows.source import file_source
 
 __all__ = ["VideoInfo", "load_frames", "video_cells", "video_info"]
 
@@ -150,22 +150,13 @@ def _open(cell: Any, where: str) -> Any:
             f'{where}: reading a video file needs PyAV: pip install "hf_dflop[video]" (lists of frames do without)'
         ) from error
     cell = getattr(cell, "_hf_encoded", cell)  # what datasets keeps beside a decoder
-    source: Any = cell
-    if isinstance(cell, Mapping):
-        source = cell.get("path") if cell.get("bytes") is None else cell["bytes"]
-    if isinstance(source, bytes):
-        source = BytesIO(source)
-    elif hasattr(source, "to_pybytes"):  # a buffer of an arrow table, read in place
-        import pyarrow as pa
-
-        source = pa.BufferReader(source)
-    if isinstance(source, str) and "://" in source:
-        raise DatasetError(f"{where}: {source!r} is a URL; store the video in the dataset or as a local file")
-    if not isinstance(source, str) and not hasattr(source, "__fspath__") and not hasattr(source, "seek"):
-        raise DatasetError(
-            f"{where}: {type(cell).__name__} is not a video; expected a path, a dict with 'bytes' or 'path', or a "
-            "list of frames (cast a column of videos with datasets.Video(decode=False))"
-        )
+    source = file_source(
+        cell,
+        where=where,
+        kind="video",
+        expected="a path, a dict with 'bytes' or 'path', or a list of frames (cast a column of videos with "
+        "datasets.Video(decode=False))",
+    )
     try:
         container = av.open(source if hasattr(source, "seek") else str(source))
     except Exception as error:
