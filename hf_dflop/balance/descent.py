@@ -99,6 +99,42 @@ def _best_step(w, t, costs, inverse, weights, caps, load, used, member, count, l
 
 
 @njit(cache=True, nogil=True)
+def _best_step_of_pairs(w, t, costs, inverse, load, member, count, near, limit):
+    """`_best_step` of two components without caps, with the same result; `near` (2, >= samples of t): scratch."""
+    best_i = np.int64(-1)
+    best_j = np.int64(-1)
+    best = limit
+    inverse_w = inverse[w]
+    inverse_t = inverse[t]
+    num_near = count[t]
+    for y in range(num_near):
+        j = member[t, y]
+        near[0, y] = costs[j, 0]
+        near[1, y] = costs[j, 1]
+    for x in range(count[w]):
+        i = member[w, x]
+        left_0 = load[w, 0] - costs[i, 0]
+        left_1 = load[w, 1] - costs[i, 1]
+        joined_0 = load[t, 0] + costs[i, 0]
+        joined_1 = load[t, 1] + costs[i, 1]
+        if count[w] > 1:
+            peak = max(max(left_0, left_1) * inverse_w, max(joined_0, joined_1) * inverse_t)
+            if peak < best:
+                best_i = i
+                best_j = np.int64(-1)
+                best = peak
+        for y in range(num_near):
+            a = near[0, y]
+            b = near[1, y]
+            peak = max(max(left_0 + a, left_1 + b) * inverse_w, max(joined_0 - a, joined_1 - b) * inverse_t)
+            if peak < best:
+                best_i = i
+                best_j = member[t, y]
+                best = peak
+    return best_i, best_j
+
+
+@njit(cache=True, nogil=True)
 def _worst(load, used, inverse, caps):
     """The worst bucket, the total excess over caps and the largest load."""
     worst = 0
@@ -138,6 +174,8 @@ def improve(bucket, costs, inverse, weights, caps, target, kicks, work, seed):
     count = np.zeros(num_buckets, dtype=np.int64)
     member = np.empty((num_buckets, room), dtype=np.int64)
     where = np.empty(num_samples, dtype=np.int64)
+    pairs = costs.shape[1] == 2 and caps.size == 0
+    near = np.empty((2, room if pairs else 0))
     for i in range(num_samples):
         b = bucket[i]
         member[b, count[b]] = i
@@ -170,21 +208,24 @@ def improve(bucket, costs, inverse, weights, caps, target, kicks, work, seed):
                 t = (start + d) % num_buckets
                 if t == w:
                     continue
-                limit_excess = w_excess + _excess(t, used, caps)
-                i, j = _best_step(
-                    w,
-                    t,
-                    costs,
-                    inverse,
-                    weights,
-                    caps,
-                    load,
-                    used,
-                    member,
-                    count,
-                    limit_excess,
-                    peak if excess == 0 else -1.0,
-                )
+                if pairs:
+                    i, j = _best_step_of_pairs(w, t, costs, inverse, load, member, count, near, peak)
+                else:
+                    limit_excess = w_excess + _excess(t, used, caps)
+                    i, j = _best_step(
+                        w,
+                        t,
+                        costs,
+                        inverse,
+                        weights,
+                        caps,
+                        load,
+                        used,
+                        member,
+                        count,
+                        limit_excess,
+                        peak if excess == 0 else -1.0,
+                    )
                 done += count[w] * (count[t] + 1)
                 if i >= 0:
                     log_sample[logged] = i
