@@ -1,7 +1,7 @@
 """Texts → how many tokens each has, how many of them are image tokens, and how many are learned.
 
 A tokenizer's call converts each encoding into lists for every key it may return; counting needs two of them. The
-backend is therefore asked directly, as soon as it gave the same as the tokenizer's own call for a first batch. The
+backend is therefore asked directly, once it gave the same as the tokenizer's own call for some of the first texts. The
 tokens of all texts are then counted together.
 """
 
@@ -52,12 +52,12 @@ class Tokeniser:
         return self._called([text], add_special_tokens, truncation=True, max_length=max_length)[0]
 
     def _batch(self, texts: list[str], special: bool) -> list[Tokens]:
-        if self._agrees.get(special):
-            return self._direct(texts, special)
-        called = self._called(texts, special, truncation=False)
         if special not in self._agrees:
-            self._agrees[special] = called == self._direct(texts, special)
-        return called
+            some = texts[:: max(1, len(texts) // 32)]
+            self._agrees[special] = self._called(some, special, truncation=False) == self._direct(some, special)
+        return (
+            self._direct(texts, special) if self._agrees[special] else self._called(texts, special, truncation=False)
+        )
 
     def _called(self, texts: list[str], special: bool, **kwargs: Any) -> list[Tokens]:
         encoded = self.tokenizer(
