@@ -112,6 +112,8 @@ def _report(settings: DemoSettings, assets: DemoAssets, facts: dict[str, Any]) -
     from transformers import AutoConfig, AutoProcessor
 
     import hf_dflop
+    from hf_dflop.cost import CostModel
+    from recipes.demo.more_ranks import simulate
     from recipes.demo.report import print_table, write_report
 
     annotated, _ = hf_dflop.profile_dataset(
@@ -125,9 +127,16 @@ def _report(settings: DemoSettings, assets: DemoAssets, facts: dict[str, Any]) -
         "hardware": f"{os.cpu_count()} CPU cores, {platform.machine()}, one thread a process",
         "versions": ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "accelerate")),
     }
+    more = simulate(shapes, CostModel.load(settings.output_dir / "cost_model.json"), settings)
+    facts["more_ranks"] = more
     trained = shapes.select(range(settings.paced().num_samples))
     path, summaries = write_report(settings.output_dir, shapes, trained, facts)
-    print_table(summaries, Console(width=max(Console().width, 118)))
+    print_table(summaries, Console(width=max(Console().width, 126)))
+    if more:
+        say(
+            f"simulated for 8 ranks, samples/s ÷ stock: hf_dflop {more['balanced']:.2f}, packed {more['packed']:.2f}, "
+            f"batch_rebalance {more['batch_rebalance']:.2f}, group_by_length {more['group_by_length']:.2f}"
+        )
     say(f"the same in pictures: {path}")
 
 

@@ -24,16 +24,17 @@ _TEMPLATE = Path(__file__).with_name("report.html.j2")
 def print_table(summaries: list[ArmSummary], console: Console | None = None) -> None:
     """The comparison as a table in the terminal."""
     table = Table(title="Two ranks, the same samples, runs interleaved; median (min–max) over rounds")
-    for name in ("sampler", "samples/s", "÷ stock", "hf_dflop ÷ this", "waiting", "padding", "peak GiB"):
-        table.add_column(name, justify="left" if name == "sampler" else "right")
+    for name in ("sampler", "samples/s", "÷ stock", "packed ÷ this", "waiting", "wall ÷ compute", "padding", "GiB"):
+        table.add_column(name, justify="left" if name == "sampler" else "right", no_wrap=True)
     for summary in summaries:
-        waiting = "/".join(f"{value:.1%}" for value in sorted(summary.idle_fraction))
+        waiting = f"{100 * min(summary.idle_fraction):.1f}–{max(summary.idle_fraction):.1%}"
         table.add_row(
             figures.NAMES.get(summary.arm, summary.arm),
             spread(summary.samples_per_s),
             summary.spread,
-            spread(summary.ratio_of_balanced),
+            spread(summary.ratio_of_packed),
             waiting,
+            spread(summary.wall_to_compute),
             f"{summary.padding_share:.0%}",
             f"{summary.peak_memory_gib:.1f}",
             style="bold" if summary.arm in OWN_ARMS else None,
@@ -94,7 +95,8 @@ def write_report(
     summary = {
         "arms": [
             {"arm": s.arm, "samples_per_s": s.samples_per_s, "ratio_to_stock": s.ratio_to_stock,
-             "ratio_of_balanced": s.ratio_of_balanced, "idle_fraction": s.idle_fraction,
+             "ratio_of_balanced": s.ratio_of_balanced, "ratio_of_packed": s.ratio_of_packed,
+             "wall_to_compute": s.wall_to_compute, "idle_fraction": s.idle_fraction,
              "padding_share": s.padding_share, "predicted_idle": s.predicted_idle,
              "peak_memory_gib": s.peak_memory_gib}
             for s in summaries

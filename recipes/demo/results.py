@@ -24,6 +24,10 @@ class ArmSummary:
     """Samples per second ÷ those of the stock sampler in the same round."""
     ratio_of_balanced: list[float]
     """Samples per second of `balanced` ÷ those of this arm in the same round."""
+    ratio_of_packed: list[float]
+    """Samples per second of `packed` ÷ those of this arm in the same round."""
+    wall_to_compute: list[float]
+    """Seconds of the run ÷ what the mean rank spent on microbatches; 1: nobody waits, and nothing else takes time."""
     idle_fraction: list[float]
     padding_share: float
     predicted_idle: float | None
@@ -69,6 +73,11 @@ def summarize(runs: Runs) -> list[ArmSummary]:
                 balanced["samples_per_s"] / run["samples_per_s"]
                 for run, balanced in zip(runs[arm], runs["balanced"], strict=True)
             ],
+            ratio_of_packed=[
+                packed["samples_per_s"] / run["samples_per_s"]
+                for run, packed in zip(runs[arm], runs["packed"], strict=True)
+            ],
+            wall_to_compute=[_wall_to_compute(run) for run in runs[arm]],
             idle_fraction=[run["idle_fraction"] for run in runs[arm]],
             padding_share=runs[arm][0]["padding_share"],
             predicted_idle=_predicted_idle(runs[arm][0]),
@@ -76,6 +85,11 @@ def summarize(runs: Runs) -> list[ArmSummary]:
         )
         for arm in runs
     ]
+
+
+def _wall_to_compute(run: dict[str, Any]) -> float:
+    spent = [sum(step["slot_end_s"][-1] - step["begin_s"] for step in steps) for steps in run["ranks"]]
+    return float(run["seconds"] * len(spent) / sum(spent))
 
 
 def _predicted_idle(run: dict[str, Any]) -> float | None:

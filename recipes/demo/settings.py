@@ -32,8 +32,8 @@ class DemoSettings:
     output_dir: Path
     cache: Path
     num_ranks: int = 2
-    batch_size: int = 2
-    accumulation: int = 3
+    batch_size: int = 4
+    accumulation: int = 2
     num_steps: int | None = None
     """Optimizer steps of each run. None: as many as `budget_s` allows at this machine's pace, `MIN_STEPS` to
     `MAX_STEPS`; the first measurement decides, and what it decided is kept beside the results."""
