@@ -191,6 +191,14 @@ class PipelineWeights(nn.Module):
                 if is_mine and parameter is not skip:
                     yield parameter
 
+    def lasting_names(self) -> dict[str, str]:
+        """Name of a parameter of this rank -> what it is called under every plan: a tied head as the embedding is."""
+        names = {name: name for name, _ in self.named_parameters()}
+        if self.structure.tied and not self._embeds and self.topology.last_stage in self.place.stages:
+            tied = self._tied_weight()
+            names |= {n: f"{self.structure.embedding}.weight" for n, p in self.named_parameters() if p is tied}
+        return names
+
     def whole(self, name: str, value: torch.Tensor) -> torch.Tensor:
         """The whole parameter (or optimizer state of its shape) of which this rank's is `value`; with tensor
         parallelism all ranks of a stage and replica call it."""
