@@ -18,7 +18,8 @@ import torch.distributed as dist
 from accelerate.optimizer import AcceleratedOptimizer
 
 from hf_dflop.errors import TrainerError
-from hf_dflop.integrations.pipeline_checkpoint import load_optimizer, load_weights, save_optimizer
+from hf_dflop.integrations.pipeline_checkpoint import load_weights
+from hf_dflop.integrations.pipeline_state import load_optimizer, save_optimizer
 from hf_dflop.pipeline import PipelineModel
 
 __all__ = ["put_right"]

@@ -30,7 +30,8 @@ _UNSUPPORTED: tuple[tuple[str, str], ...] = (
     ("use_liger_kernel", "apply the kernels to the model before PipelineModel"),
     ("auto_find_batch_size", "leave it out: `hf-dflop plan` finds what fits"),
     ("optim_target_modules", "use another optimizer: layer-wise ones step in the backward"),
-    ("batch_eval_metrics", "leave it out: evaluation gives the loss alone"),
+    ("batch_eval_metrics", "leave it out: compute_metrics gets the whole dataset"),
+    ("include_for_metrics", "leave it out: compute_metrics gets predictions and labels"),
 )
 
 
@@ -49,6 +50,8 @@ def check_arguments(args: Any, pipe: PipelineModel) -> None:
         raise TrainerError("train_sampling_strategy='batch_rebalance' composes microbatches itself; use 'random'.")
     if not args.accelerator_config.use_seedable_sampler:
         raise TrainerError("use_seedable_sampler=False draws another order on every rank; set it to True.")
+    if not args.eval_do_concat_batches:
+        raise TrainerError("eval_do_concat_batches=False keeps batches that a pipeline does not form; set it to True.")
     calls, rest = divmod(args.gradient_accumulation_steps, pipe.plan.num_microbatches)
     if rest or not calls:
         raise TrainerError(
@@ -131,8 +134,6 @@ def check_pieces(model: Any, collator: Any, callbacks: Any, **given: Any) -> Non
 _REMEDIES = {
     "model_init": "build the PipelineModel first",
     "compute_loss_func": "the loss is the model's own, divided by the step's label tokens",
-    "compute_metrics": "evaluation gives the loss; save the model and evaluate it with a stock Trainer",
-    "preprocess_logits_for_metrics": "evaluation gives the loss; save the model and evaluate it with a stock Trainer",
     "peft_config": "add adapters to the model before PipelineModel",
 }
 

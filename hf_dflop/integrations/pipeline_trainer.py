@@ -19,22 +19,29 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import EvalLoopOutput, SaveStrategy, rotate_checkpoints
+from transformers.trainer_utils import (
+    EvalLoopOutput,
+    EvalPrediction,
+    SaveStrategy,
+    denumpify_detensorize,
+    rotate_checkpoints,
+)
 
 from hf_dflop.cost import CostModel
+from hf_dflop.data import PackedCollator
 from hf_dflop.errors import TrainerError
 from hf_dflop.integrations.pipeline_checkpoint import (
     STAGING_PREFIX,
     clear_staging,
-    load_optimizer,
     load_weights,
     publish,
-    save_optimizer,
 )
 from hf_dflop.integrations.pipeline_checks import check_arguments, check_dataset, check_pieces
 from hf_dflop.integrations.pipeline_data import join_slots, make_slots, slot_loader
 from hf_dflop.integrations.pipeline_optimizer import check_by_number
+from hf_dflop.integrations.pipeline_predict import Predictions
 from hf_dflop.integrations.pipeline_scaler import scale_together
+from hf_dflop.integrations.pipeline_state import load_optimizer, save_optimizer
 from hf_dflop.integrations.pipeline_trace import TraceSteps
 from hf_dflop.pipeline import PipelineModel, StepBatch
 from hf_dflop.pipeline.loss import count_label_tokens
@@ -58,6 +65,8 @@ class PipelineTrainerMixin:
     callback_handler: Any
     optimizer: Any
     lr_scheduler: Any
+    compute_metrics: Any
+    preprocess_logits_for_metrics: Any
 
     def __init__(
         self,
@@ -73,8 +82,6 @@ class PipelineTrainerMixin:
         refused = (
             "model_init",
             "compute_loss_func",
-            "compute_metrics",
-            "preprocess_logits_for_metrics",
             "peft_config",
         )
         given = {name: kwargs.get(name) for name in refused if name in kwargs}
@@ -123,6 +130,10 @@ class PipelineTrainerMixin:
         dataset = own if eval_dataset is None else eval_dataset
         check_dataset(dataset, "eval_dataset")
         return self._slot_loader(dataset, None, self.pipe.plan.num_microbatches, training=False)
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+        """As that of an evaluation."""
+        return self.get_eval_dataloader(test_dataset)
 
     def _slot_loader(self, dataset: Any, sampler: Any, slots: int, *, training: bool) -> DataLoader:
         args = self.args
@@ -208,11 +219,25 @@ class PipelineTrainerMixin:
 
     # Evaluation -----------------------------------------------------------------------------------------------------
 
-    def evaluation_loop(self, dataloader: DataLoader, description: str, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """The loss of every microbatch, weighted by its samples, as Trainer does."""
-        prefix = kwargs.get("metric_key_prefix", "eval")
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """The loss of every microbatch, weighted by its samples, as Trainer does; predictions where they are asked
+        for, by `predict` or `compute_metrics`."""
         was_training = self.pipe.training
         self.pipe.eval()
+        loss_only = self.args.prediction_loss_only if prediction_loss_only is None else prediction_loss_only
+        if not loss_only and isinstance(self.data_collator, PackedCollator):  # type: ignore[attr-defined]
+            raise TrainerError(
+                "packed microbatches have no row for each sample, which predict and compute_metrics need; give a "
+                "VisionLanguageCollator."
+            )
+        kept = None if loss_only else Predictions(self.pipe, self.preprocess_logits_for_metrics)
         total = torch.zeros(2, dtype=torch.float64, device=self.pipe.wire.device)
         slots: list[StepBatch] = []
         sampler: Any = dataloader.batch_sampler
@@ -220,18 +245,29 @@ class PipelineTrainerMixin:
         for at, slot in enumerate(dataloader, start=1):
             slots.append(slot)
             if len(slots) == self.pipe.plan.num_microbatches or at == len(dataloader):
-                self._add_losses(slots, total)
+                self._evaluate_call(slots, total, kept)
                 slots = []
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         self.pipe.train(was_training)
         dist.all_reduce(total)
         loss_sum, samples = total.tolist()
-        metrics = {f"{prefix}_loss": loss_sum / max(samples, 1)}
-        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=int(samples))
+        predictions, labels = (None, None) if kept is None else kept.join()
+        metrics = {}
+        if self.compute_metrics is not None and predictions is not None:
+            metrics = self.compute_metrics(EvalPrediction(predictions=predictions, label_ids=labels))
+        metrics = denumpify_detensorize(metrics)
+        metrics["loss"] = loss_sum / max(samples, 1)
+        named = {
+            key if key.startswith(f"{metric_key_prefix}_") else f"{metric_key_prefix}_{key}": value
+            for key, value in metrics.items()
+        }
+        return EvalLoopOutput(predictions=predictions, label_ids=labels, metrics=named, num_samples=int(samples))
 
-    def _add_losses(self, slots: list[StepBatch], total: torch.Tensor) -> None:
+    def _evaluate_call(self, slots: list[StepBatch], total: torch.Tensor, kept: Predictions | None) -> None:
         batch = join_slots(slots, label_tokens=1)
-        result = self.pipe.step(batch, backward=False)
+        result = self.pipe.step(batch, backward=False, keep_logits=kept is not None)
+        if kept is not None:
+            kept.add(batch, result)
         for microbatch, loss in result.losses.items():
             inputs = batch.text[microbatch]
             if inputs is None:
@@ -239,17 +275,6 @@ class PipelineTrainerMixin:
             samples = len(batch.shape.microbatches[microbatch][self.pipe.place.replica].features)
             tokens = count_label_tokens(inputs["labels"])
             total += torch.stack([loss.double() * samples / max(tokens, 1), torch.full_like(loss.double(), samples)])
-
-    def predict(self, *args: Any, **kwargs: Any) -> Any:
-        """Not supported.
-
-        Raises:
-            TrainerError: always, with the remedy.
-        """
-        raise TrainerError(
-            "predict is not supported by DflopTrainer; save_model writes a stock checkpoint: load it with "
-            "from_pretrained and predict with a stock Trainer."
-        )
 
     # Checkpoints --------------------------------------------------------------------------------------------------
 
@@ -337,7 +362,8 @@ class DflopTrainer(PipelineTrainerMixin, Trainer):
 
     Logging, callbacks, schedules, clipping, epochs, `save_model` (a stock checkpoint), checkpoints, resuming (under
     another plan, too) and `load_best_model_at_end` work as ever. A checkpoint is written beside its place and renamed
-    when it is complete. Evaluation gives the loss.
+    when it is complete. Evaluation gives the loss. With `compute_metrics`, and in `predict`, logits go to all ranks,
+    as `preprocess_logits_for_metrics` makes them.
 
     Args:
         model ([`PipelineModel`]): the pipeline; built after the process group is there.

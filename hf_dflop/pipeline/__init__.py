@@ -1,6 +1,7 @@
 """Stock vision-language models over pipelines of different, ragged stages.
 
-model        PipelineModel: a rank's share of the model; a step, clipping, saving
+model        PipelineModel: a step of a rank's share of the model
+weights      that share: parameters, gradients, norms, clipping, saving
 topology     which rank runs which stages for which replica
 shape        the shapes of a step, known on every rank
 batch        one rank's inputs of a step

@@ -168,6 +168,15 @@ class Shards:
         """Of the parameter or buffer of that name, of which this rank has `value`."""
         return self._layouts[name].shape if name in self._layouts else value.shape
 
+    def is_block(self, name: str) -> bool:
+        """Whether the share is one block of the whole; of matrices that were fused it has a part of each."""
+        return all(getattr(placement, "split_factor", 1) == 1 for placement in self._layouts[name].placements)
+
+    def describe(self, name: str, share: torch.Tensor) -> DTensor:
+        """A share, or state of its shape, as the part of the whole that it is."""
+        described: DTensor = self._as_dtensor(share, self._layouts[name])
+        return described
+
     def whole(self, name: str, value: torch.Tensor) -> torch.Tensor:
         """The whole of which `value` is this rank's share: a parameter, or state of its shape. All shards call it."""
         if not self.is_split(name) or value.shape != self._layouts[name].local_shape(self._mesh.size()):

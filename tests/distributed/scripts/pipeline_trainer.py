@@ -353,7 +353,7 @@ def revive(folder: Path, case: Case) -> None:
     assert str(newest).endswith("checkpoint-4"), newest
     trainer = make_trainer(case, args, torch.float32)
     trainer.train(resume_from_checkpoint=newest)
-    assert not list(Path(args.output_dir).glob(".saving-*"))
+    assert not list(Path(args.output_dir).glob("_saving-*"))
     worst = compare(trainer, folder, case, "float32", first=4)
     if args.process_index == 0:
         print(f"trainer: revived {case} {worst:.1e}", flush=True)

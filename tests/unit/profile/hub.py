@@ -1,5 +1,6 @@
 """A small server that speaks as much of the Hub as `load_dataset` and `from_pretrained` ask for; loopback only."""
 
+import base64
 import hashlib
 import json
 import os
@@ -24,7 +25,8 @@ def hub(
     lost: frozenset[str] = frozenset(),
     models: dict[str, dict[str, bytes]] | None = None,
 ) -> Iterator[tuple[str, list[str]]]:
-    """Serve one dataset repository, and models; gives the endpoint and the list of requests, which grows.
+    """Serve one dataset repository, and models; gives the endpoint and the list of requests, which grows. What is
+    uploaded to a model is added to its files.
 
     The connection breaks in the middle of each file in `lost`, however often it is asked for.
     """
@@ -46,6 +48,14 @@ def hub(
             asked.append(f"{self.command} {path} {self.headers.get('Range', '')}".strip())
             if path.startswith((f"/api/datasets/{gated}", f"/datasets/{gated}")):
                 return self.say(403, b"{}", {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access is restricted"})
+            if path == "/api/repos/create":
+                return self.json(
+                    {
+                        "url": f"http://{self.headers['Host']}/{json.loads(body)['organization']}/{json.loads(body)['name']}"
+                    }
+                )
+            if path == "/api/validate-yaml":
+                return self.json({})
             for api, root, name, held in served:
                 if match := re.fullmatch(rf"{root}/resolve/[^/]+/(.+)", path):
                     return self.file(held, match[1])
@@ -63,6 +73,16 @@ def hub(
             if rest.startswith("/paths-info/"):
                 wanted = re.findall(r"[\w./-]+", body)
                 return self.json([self.entry(held, file) for file in held if file in wanted])
+            if rest.startswith("/preupload/"):
+                paths = [file["path"] for file in json.loads(body)["files"]]
+                return self.json(
+                    {"files": [{"path": file, "uploadMode": "regular", "shouldIgnore": False} for file in paths]}
+                )
+            if rest.startswith("/commit/"):
+                for line in map(json.loads, body.splitlines()):
+                    if line["key"] == "file":
+                        held[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+                return self.json({"commitUrl": f"/{name}/commit/{COMMIT}", "commitOid": COMMIT, "success": True})
             return self.say(404, b"{}", {"X-Error-Code": "EntryNotFound"})
 
         def entry(self, held: dict[str, bytes], name: str) -> dict[str, Any]:
