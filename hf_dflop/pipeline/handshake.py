@@ -152,7 +152,7 @@ def agree_on_videos(
         assert inputs is not None
         check(inputs, batch.shape.microbatches[microbatch][place.replica].num_features, forms)
 
-    own = place.rank in topology.shards(topology.first_llm_stage, place.replica) and place.is_llm
+    own = topology.first_llm_stage in place.stages
     _some_try({place.rank} if own and cells else (), place, tried)
 
 

@@ -4,21 +4,33 @@ In: the inputs of a microbatch, the body of the model. Out: rows in the order of
 over images and videos alike, and back from such rows to what the model's own code takes.
 
 Assumption: `get_placeholder_mask` of the model tells the placeholders of both from `input_ids` alone. Where images and
-videos have one token, a microbatch holds one of them, as the models themselves ask for.
+videos have one token, `mm_token_type_ids` tells them apart; without it, an LLM's microbatch holds one kind.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 
-from hf_dflop.errors import ShapeMismatchError
+from hf_dflop.errors import ModelError, ShapeMismatchError
 from hf_dflop.pipeline.features import FeatureFormat, flatten, unflatten
-from hf_dflop.pipeline.structure import is_pixels
+from hf_dflop.plan.plan import Plan
 
-__all__ = ["KINDS", "Formats", "enter", "has_videos", "join", "kinds_of", "sent_width", "takes_videos"]
+__all__ = [
+    "KINDS",
+    "Formats",
+    "enter",
+    "has_videos",
+    "is_pixels",
+    "join",
+    "kinds_of",
+    "refuse_videos",
+    "sent_width",
+    "takes_videos",
+]
 
 KINDS = ("image", "video")
+_VIDEO_TYPE = 2  # in transformers' `mm_token_type_ids`
 
 Formats = Mapping[str, FeatureFormat]
 """Kind -> the format of its features, of the kinds that have come so far; rows of both have the same width."""
@@ -27,6 +39,11 @@ Formats = Mapping[str, FeatureFormat]
 def takes_videos(body: Any) -> bool:
     """Whether videos can be run: the model has a method for their features, and tells their placeholders."""
     return hasattr(body, "get_video_features") and hasattr(body, "get_placeholder_mask")
+
+
+def is_pixels(key: str) -> bool:
+    """Whether an input is as large as the images, so that LLM ranks never hold it."""
+    return key.startswith("pixel_")
 
 
 def kinds_of(inputs: Mapping[str, Any]) -> tuple[str, ...]:
@@ -38,6 +55,22 @@ def kinds_of(inputs: Mapping[str, Any]) -> tuple[str, ...]:
 def has_videos(inputs: Mapping[str, Any]) -> bool:
     """Whether inputs of the encoder or of the LLM tell of videos."""
     return any("video" in key and _is(value) for key, value in inputs.items())
+
+
+def refuse_videos(given: Iterable[Mapping[str, Any] | None], name: str, plan: Plan, *, taken: bool) -> None:
+    """Raise `ModelError` if there are videos among the inputs that the model (`taken`) or the plan does not run."""
+    if not any(has_videos(inputs or {}) for inputs in given):
+        return
+    if not taken:
+        raise ModelError(
+            f"a microbatch holds videos, and the body of {name} has no get_video_features, or no get_placeholder_mask "
+            "that tells where they belong: drop videos, or use DDP."
+        )
+    if plan.vision.num_stages > 1 or plan.vision.tp > 1:
+        raise ModelError(
+            f"a microbatch holds videos, and the encoder of {name} is cut (vision.layers={plan.vision.layers}, "
+            f"vision.tp={plan.vision.tp}): videos are run by an encoder in one stage, with vision.tp=1."
+        )
 
 
 def _is(value: Any) -> bool:
@@ -54,6 +87,9 @@ def _of_videos(body: Any, inputs: Mapping[str, Any]) -> torch.Tensor:
     stand_in = torch.zeros((*ids.shape, 1), device=ids.device)  # of the embeddings, which are not looked at
     images, videos = (mask[..., 0] for mask in body.get_placeholder_mask(ids, inputs_embeds=stand_in))
     if torch.equal(images, videos):
+        types = inputs.get("mm_token_type_ids")
+        if types is not None:
+            return types[images] == _VIDEO_TYPE
         return torch.full((int(images.sum()),), has_videos(inputs), device=ids.device)
     return videos[images | videos]
 
