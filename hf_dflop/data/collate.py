@@ -16,6 +16,7 @@ from hf_dflop.errors import ShapeMismatchError
 from hf_dflop.rows import Layout, Renderer, Row, detect_layout, encode, read_row
 from hf_dflop.rows.encode import IGNORE
 from hf_dflop.rows.images import image_size
+from hf_dflop.rows.videos import video_info
 from hf_dflop.shapes import COLUMN_PREFIX
 
 __all__ = ["VisionLanguageCollator"]
@@ -78,7 +79,7 @@ class VisionLanguageCollator:
         return self._collate(rows, self._read(rows))
 
     def without_pixels(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """The same microbatch without decoding an image: a blank picture of its size stands in for each.
+        """The same microbatch without decoding an image or a video: blank pictures of its size stand in for each.
 
         All but the pixels is as ever, and the pixels are left out. For ranks that run no encoder.
         """
@@ -87,7 +88,13 @@ class VisionLanguageCollator:
         read = []
         for row in self._read(rows):
             sizes = [image_size(cell, where=f"{row.name}, image {i}") for i, cell in enumerate(row.images)]
-            read.append(replace(row, images=[Image.new("RGB", (width, height)) for height, width in sizes]))
+            read.append(
+                replace(
+                    row,
+                    images=[Image.new("RGB", (width, height)) for height, width in sizes],
+                    videos=[video_info(cell, where=f"{row.name}, video {i}") for i, cell in enumerate(row.videos)],
+                )
+            )
         batch = self._collate(rows, read)
         return {key: value for key, value in batch.items() if not key.startswith("pixel_")}
 

@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 
-from hf_dflop.errors import ModelError
 from hf_dflop.pipeline.bridge import route_step
+from hf_dflop.pipeline.kinds import is_pixels, kinds_of
 from hf_dflop.pipeline.shape import StepShape
-from hf_dflop.pipeline.structure import is_pixels
 from hf_dflop.pipeline.topology import Topology
 
 __all__ = ["Sample", "StepBatch", "StepResult", "build_batch"]
@@ -25,23 +24,16 @@ Sample = tuple[int, int, int]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepBatch:
-    """What `PipelineModel.step` takes. Lists have one entry per microbatch, `None` where the rank has no work.
-
-    Raises:
-        ModelError: a microbatch holds videos.
-    """
+    """What `PipelineModel.step` takes. Lists have one entry per microbatch, `None` where the rank has no work."""
 
     shape: StepShape
     text: tuple[Mapping[str, Any] | None, ...] = ()
     """Text inputs of this rank's LLM replica (`input_ids`, ..., `labels`); empty on encoder ranks."""
     vision: tuple[Mapping[str, Any] | None, ...] = ()
-    """Inputs of `get_image_features` of this rank's encoder replica; empty on LLM ranks."""
+    """Inputs of `get_image_features` and `get_video_features` of this rank's encoder replica, and `input_ids` where a
+    microbatch has images and videos; empty on LLM ranks."""
     samples: tuple[tuple[tuple[int, ...], ...], ...] = ()
     """Dataset indices: microbatch -> LLM replica -> its samples. For the trace alone; empty where not known."""
-
-    def __post_init__(self) -> None:
-        for inputs in (*self.text, *self.vision):
-            _images_only(inputs or {})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,10 +65,8 @@ def build_batch(
         collate_text (`Callable`):
             Samples -> the model's inputs. Pixels in it are dropped; give a collator that does not decode them.
         collate_vision (`Callable`, *optional*):
-            Samples -> inputs of the encoder; `collate_text` by default. Labels and ids in it are dropped.
-
-    Raises:
-        ModelError: a microbatch holds videos.
+            Samples -> inputs of the encoder; `collate_text` by default. Labels in it are dropped, and ids unless there
+            are images and videos.
     """
     place = topology.place(rank)
     text: list[Mapping[str, Any] | None] = []
@@ -87,7 +77,6 @@ def build_batch(
             samples = [(m, place.replica, i) for i in range(len(replicas[place.replica].features))]
             inputs = collate_text(samples) if samples else None
             if inputs is not None:
-                _images_only(inputs)  # before pixels are dropped
                 drop_labels = topology.last_stage not in place.stages
                 inputs = {
                     key: value
@@ -99,12 +88,7 @@ def build_batch(
             samples = [(m, d, i) for d, i in route.samples[place.replica]]
             found = (collate_vision or collate_text)(samples) if samples else None
             if found is not None:
-                found = {key: value for key, value in found.items() if key not in ("input_ids", "labels")}
+                dropped = ("labels",) if len(kinds_of(found)) > 1 else ("input_ids", "labels")
+                found = {key: value for key, value in found.items() if key not in dropped}
             vision.append(found)
     return StepBatch(shape=shape, text=tuple(text), vision=tuple(vision))
-
-
-def _images_only(inputs: Mapping[str, Any]) -> None:
-    for key, value in inputs.items():
-        if "video" in key and value is not None:
-            raise ModelError(f"the microbatch holds {key}; the pipeline runs images only: drop videos, or use DDP.")

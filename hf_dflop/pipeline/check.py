@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from hf_dflop.errors import ModelError
-from hf_dflop.pipeline.features import FeatureFormat, unflatten
+from hf_dflop.pipeline.kinds import Formats, enter
 from hf_dflop.pipeline.small_llm import small_copy, small_features, small_inputs
 from hf_dflop.pipeline.split import LlmPart, build_part
 from hf_dflop.pipeline.structure import Structure, read_structure
@@ -38,7 +38,7 @@ def check_chain(
     plan: Plan,
     inputs: Mapping[str, Any],
     num_features: int,
-    form: FeatureFormat | None,
+    forms: Formats,
 ) -> None:
     """Try the plan's stages on a small copy of the LLM.
 
@@ -47,19 +47,19 @@ def check_chain(
         structure (`Structure`): of the model; only whether its embeddings are tied is used.
         plan (`Plan`): the layers of each stage.
         inputs (`Mapping`): text inputs of one microbatch; without labels, tokens are their own labels.
-        num_features (`int`), form (`FeatureFormat`, *optional*): rows of features of the microbatch, their format.
+        num_features (`int`), forms (`Mapping`): rows of features of the microbatch, their format by kind.
 
     Raises:
         ModelError: loss or gradients of the chained stages are not those of the whole model.
     """
-    if plan.llm.num_stages == 1 and form is None:
+    if plan.llm.num_stages == 1 and not forms:
         return
     try:
         small, ids = small_copy(model_class, config, structure.tied)
         text = small_inputs(inputs, ids)
-        small_form, features = small_features(small, form if num_features else None, num_features)
+        small_forms, features = small_features(small, forms, num_features)
         with torch.random.fork_rng([]):
-            whole = run_whole(small, text, features, small_form)
+            whole = run_whole(small, text, features, small_forms)
     except Exception as error:
         logger.warning(
             "the stages could not be tried on a small copy of %s (%s: %s); the pipeline runs unchecked.",
@@ -69,7 +69,7 @@ def check_chain(
         )
         return
     try:
-        chained = _chained(small, plan, text, features, small_form)
+        chained = _chained(small, plan, text, features, small_forms)
     except Exception as error:
         raise ModelError(
             f"{model_class.__name__} cannot be run in the stages {plan.llm.layers}: {type(error).__name__}: {error}"
@@ -88,15 +88,15 @@ def _grads(model: nn.Module, features: torch.Tensor | None) -> dict[str, torch.T
     return grads
 
 
-def run_whole(model: Any, text: Mapping[str, Any], features: torch.Tensor | None, form: FeatureFormat | None) -> Found:
+def run_whole(model: Any, text: Mapping[str, Any], features: torch.Tensor | None, forms: Formats) -> Found:
     """One process's forward and backward of the copy; what is in `.grad` before is overwritten, and cleared."""
     losses = []
     for divisor in (2.0, 1.0):
         model.zero_grad()
         given = {"use_cache": False, **text}
         leaf = None if features is None else features.clone().requires_grad_()
-        if leaf is not None and form is not None:
-            given["mm_encoder_outputs"] = {"image": unflatten(leaf, form)}
+        if leaf is not None and forms:
+            given["mm_encoder_outputs"] = enter(leaf, forms, model.base_model, text)
         loss = model(**given, num_items_in_batch=torch.tensor(divisor), return_dict=True).loss
         loss.backward()
         losses.append(loss.detach())
@@ -105,16 +105,14 @@ def run_whole(model: Any, text: Mapping[str, Any], features: torch.Tensor | None
     return found
 
 
-def _chained(
-    model: Any, plan: Plan, text: Mapping[str, Any], features: torch.Tensor | None, form: FeatureFormat | None
-) -> Found:
+def _chained(model: Any, plan: Plan, text: Mapping[str, Any], features: torch.Tensor | None, forms: Formats) -> Found:
     structure = read_structure(model)
     leaf = None if features is None else features.clone().requires_grad_()
     received, edges = leaf, []
     for stage in range(plan.llm.num_stages):
         part = build_part(model, structure, plan, plan.vision.num_stages + stage)
         assert isinstance(part, LlmPart)
-        output = part(text, received, form, torch.tensor(1.0))
+        output = part(text, received, forms, torch.tensor(1.0))
         output = output.loss if part.last else output
         edges.append((output, received))
         received = output.detach().requires_grad_()

@@ -72,6 +72,7 @@ def compare_encoder(model: Any, plan: Plan, inputs: Mapping[str, Any]) -> None:
     model.zero_grad()
     output = model.get_submodule(structure.body).get_image_features(**given, return_dict=True)
     form = read_format(output)
+    forms = {"image": form}
     whole = flatten(output, form)
     generator = torch.Generator().manual_seed(2)
     cotangent = torch.randn(whole.shape, generator=generator, dtype=torch.float64).to(whole.dtype)
@@ -91,7 +92,7 @@ def compare_encoder(model: Any, plan: Plan, inputs: Mapping[str, Any]) -> None:
         if received is not None and part.incoming(given) != tuple(received.shape):
             raise ModelError(f"{told}: hidden states change their shape between layers. Run it as one stage.")
         try:
-            edges.append((part(given, received, form), received))
+            edges.append((part(given, received, forms), received))
         except Exception as error:
             raise ModelError(f"{told}: {type(error).__name__}: {error}. {remedy}") from error
         received = edges[-1][0].detach().requires_grad_()

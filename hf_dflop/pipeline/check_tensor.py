@@ -19,7 +19,8 @@ from torch import nn
 from hf_dflop.errors import DflopError, ModelError
 from hf_dflop.pipeline.check import run_whole
 from hf_dflop.pipeline.check_encoder import small_encoder
-from hf_dflop.pipeline.features import FeatureFormat, flatten, read_format
+from hf_dflop.pipeline.features import flatten, read_format
+from hf_dflop.pipeline.kinds import Formats
 from hf_dflop.pipeline.shards import Shards
 from hf_dflop.pipeline.small_llm import small_copy, small_features, small_inputs, to_double
 from hf_dflop.pipeline.structure import read_structure
@@ -44,7 +45,7 @@ def check_tensor_llm(
     device: torch.device,
     inputs: Mapping[str, Any],
     num_features: int,
-    form: FeatureFormat | None,
+    forms: Formats,
     *,
     tied: bool,
 ) -> None:
@@ -55,7 +56,7 @@ def check_tensor_llm(
         tp_plan (`Mapping[str, str]`): its `tp_plan`.
         degree (`int`), group, device (`torch.device`): the ranks.
         inputs (`Mapping`): text inputs of one microbatch, the same on all of them.
-        num_features (`int`), form (`FeatureFormat`, *optional*): rows of features of the microbatch, their format.
+        num_features (`int`), forms (`Mapping`): rows of features of the microbatch, their format by kind.
         tied (`bool`): its embeddings are.
 
     Raises:
@@ -65,14 +66,14 @@ def check_tensor_llm(
     def build() -> tuple[Any, dict[str, str], Run]:
         small, ids = small_copy(model_class, config, tied, degree=degree, max_layers=_MAX_LAYERS)
         text = {key: _to(value, device) for key, value in small_inputs(inputs, ids).items()}
-        small_form, features = small_features(small, form if num_features else None, num_features)
+        small_forms, features = small_features(small, forms, num_features)
         leaf = None if features is None else features.to(device)
         for name in [name for name, value in small.named_parameters() if value.is_meta]:
             owner, _, key = name.rpartition(".")
             small.get_submodule(owner)._parameters[key] = None  # the encoder's, which is not there
 
         def run() -> torch.Tensor:
-            gradients, loss, _ = run_whole(small, text, leaf, small_form)
+            gradients, loss, _ = run_whole(small, text, leaf, small_forms)
             for name, parameter in small.named_parameters():
                 parameter.grad = gradients.get(name)
             return torch.cat([loss.reshape(1), gradients.get("image features", loss).reshape(-1)])

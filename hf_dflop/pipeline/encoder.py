@@ -4,12 +4,12 @@
     middle stage   its layers
     last stage     its layers, what follows them, the connector, what `get_image_features` makes of it all
 
-Every stage runs the model's own `get_image_features` on the same pixels, so masks, windows, rotary tables and the
-choice of features are the model's. A stage before the last stops at the first layer that is not its own, and sends
-what that layer would get. On a later stage what was received stands in for the output of the layer before its first;
-what precedes the layers is run there without gradients, for its shape and for what else is computed from it, and its
-values are not used. Where modules after the layers take features at a depth (deepstack), the hidden states of that
-depth travel on to the last stage, which has these modules.
+Every stage runs the model's own `get_image_features` (and, where it is one stage, `get_video_features`) on the same
+pixels, so masks, windows, rotary tables and the choice of features are the model's. A stage before the last stops at
+the first layer that is not its own, and sends what that layer would get. On a later stage what was received stands in
+for the output of the layer before its first; what precedes the layers is run there without gradients, for its shape
+and for what else is computed from it, and its values are not used. Where modules after the layers take features at a
+depth (deepstack), the hidden states of that depth travel on to the last stage, which has these modules.
 
 In: a model, its structure, the layers of each stage. Out: an `EncoderStack`, and one `VisionPart` per stage.
 
@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from hf_dflop.errors import ModelError, PlanError
-from hf_dflop.pipeline.features import FeatureFormat, flatten
+from hf_dflop.pipeline.kinds import Formats, join, kinds_of
 from hf_dflop.pipeline.shell import Foreign, shell
 
 if TYPE_CHECKING:
@@ -256,13 +256,19 @@ class VisionPart(nn.Module):
         if not self.first and stack is not None:
             for name in stack.frames:
                 _keep_values(self.model.get_submodule(name))
-        self.keys = structure.vision_keys
+        self.keys = {"image": structure.vision_keys, "video": structure.video_keys}
         self.body = structure.body
 
-    def encode(self, inputs: Mapping[str, Any]) -> Any:
-        """What the model's own `get_image_features` returns; on a later stage without what is received, its shape."""
-        known = {key: value for key, value in inputs.items() if key in self.keys}
-        return self.model.get_submodule(self.body).get_image_features(**known, return_dict=True)
+    def encode(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """What the model's own `get_image_features` and `get_video_features` return, by kind, where there are pixels
+        for them; on a later stage without what is received, its shape."""
+        body: Any = self.model.get_submodule(self.body)
+        found = {}
+        for kind in kinds_of(inputs) or ("image",):
+            known = {key: value for key, value in inputs.items() if key in self.keys[kind]}
+            method = body.get_video_features if kind == "video" else body.get_image_features
+            found[kind] = method(**known, return_dict=True)
+        return found
 
     def incoming(self, inputs: Mapping[str, Any]) -> tuple[int, ...]:
         """Shape of what a later stage receives for these inputs: hidden states, and those of depths taken before it,
@@ -293,15 +299,12 @@ class VisionPart(nn.Module):
             return reached
         raise ModelError("the encoder came to its end without running its layers; run it as one stage.")
 
-    def forward(
-        self, inputs: Mapping[str, Any], received: torch.Tensor | None, form: FeatureFormat | None
-    ) -> torch.Tensor:
-        """Features `(rows, form.sent_width)`; before the last stage, what the next one receives."""
+    def forward(self, inputs: Mapping[str, Any], received: torch.Tensor | None, forms: Formats) -> torch.Tensor:
+        """Features `(rows, width)`, see `kinds`; before the last stage, what the next one receives."""
         self._begin(received)
         try:
             if self.last:
-                assert form is not None
-                return flatten(self.encode(inputs), form)
+                return join(self.encode(inputs), forms, self.model.get_submodule(self.body), inputs)
             hidden = self._until_stop(inputs)
             depths = [depth for depth in self.relay.depths if depth is not hidden]  # that one is there already
             return torch.cat([hidden, *depths], dim=-1) if depths else hidden

@@ -1,9 +1,11 @@
-"""Image features as the model's own code gives and takes them ↔ the flat rows that are sent.
+"""Features of images or videos as the model's own code gives and takes them ↔ the flat rows that are sent.
 
-In: what `get_image_features` returns. Out: one tensor `(rows, width)`; features of several depths (deepstack) stand
-side by side in a row. The format is read once from a real output and told to all ranks as plain JSON.
+In: what `get_image_features` or `get_video_features` returns. Out: one tensor `(rows, width)`; features of several
+depths (deepstack) stand side by side in a row. The format is read once from a real output and told to all ranks as
+plain JSON.
 
-Assumptions: rows are in the order of the image tokens; everything else the encoder returns is not used by the LLM.
+Assumptions: rows are in the order of the image (video) tokens; everything else the encoder returns is not used by the
+LLM.
 """
 
 from collections.abc import Sequence
@@ -56,14 +58,14 @@ def _rows(value: Any) -> torch.Tensor:
 
 
 def read_format(output: Any) -> FeatureFormat:
-    """The format of what `get_image_features(..., return_dict=True)` returned.
+    """The format of what `get_image_features(..., return_dict=True)`, or that of videos, returned.
 
     Raises:
         ModelError: it holds no features, or a field whose rows are not those of the features.
     """
     pooled = getattr(output, "pooler_output", None)
     if not isinstance(pooled, (torch.Tensor, list, tuple)):
-        raise ModelError(f"get_image_features returns {type(output).__name__} without pooler_output: no features.")
+        raise ModelError(f"the encoder returns {type(output).__name__} without pooler_output: no features.")
     rows = _rows(pooled)
     extras = []
     for name, value in output.items():
@@ -71,7 +73,7 @@ def read_format(output: Any) -> FeatureFormat:
             continue
         if not isinstance(value, (list, tuple)) or any(_rows(depth).shape != rows.shape for depth in value):
             raise ModelError(
-                f"get_image_features returns {name}, whose rows are not those of the features "
+                f"the encoder returns {name}, whose rows are not those of the features "
                 f"({tuple(rows.shape)}): it cannot be sent between stages."
             )
         extras.append((name, len(value), not isinstance(value[0], torch.Tensor)))
@@ -88,13 +90,15 @@ def flatten(output: Any, form: FeatureFormat) -> torch.Tensor:
 
 
 def unflatten(rows: torch.Tensor, form: FeatureFormat) -> Any:
-    """The features as the LLM's own code takes them in `mm_encoder_outputs["image"]`."""
+    """The features as the LLM's own code takes them in `mm_encoder_outputs`."""
     from transformers.modeling_outputs import BaseModelOutputWithPooling
 
     depths: Sequence[torch.Tensor] = rows.split(form.width, dim=1) if form.extras else (rows,)
     pooled = depths[0]
-    if form.trailing is not None and len(form.trailing) > 1 and len(pooled) % _product(form.trailing[:-1]) == 0:
-        pooled = pooled.reshape(-1, *form.trailing)
+    if form.trailing is not None and len(form.trailing) > 1:
+        fits = len(pooled) % _product(form.trailing[:-1]) == 0
+        ones = (1,) * (len(form.trailing) - 1)  # items of several sizes: of as many dimensions
+        pooled = pooled.reshape(-1, *form.trailing) if fits else pooled.reshape(*ones, *pooled.shape)
     output = BaseModelOutputWithPooling(pooler_output=pooled if form.trailing is not None else [pooled])
     at = 1
     for name, number, nested in form.extras:

@@ -23,7 +23,8 @@ from hf_dflop.pipeline.check_encoder import check_encoder
 from hf_dflop.pipeline.check_tensor import check_tensor_encoder, check_tensor_llm
 from hf_dflop.pipeline.deferred import PipelineOutput, deferred_call
 from hf_dflop.pipeline.features import FeatureFormat
-from hf_dflop.pipeline.handshake import agree_on_encoder, agree_on_format, agree_on_stages
+from hf_dflop.pipeline.handshake import agree_on_encoder, agree_on_formats, agree_on_stages, agree_on_videos, all_try
+from hf_dflop.pipeline.kinds import refuse_videos, takes_videos
 from hf_dflop.pipeline.loss import count_label_tokens, sum_losses
 from hf_dflop.pipeline.recorder import StepRecorder
 from hf_dflop.pipeline.schedule import fits_plan, make_runtime, note_receives
@@ -64,7 +65,8 @@ class PipelineModel(PipelineWeights):
         self._given_order = order
         self._orders: dict[int, Order] = {}
         self._runtimes: dict[Any, Any] = {}
-        self._form: FeatureFormat | None = None
+        self._forms: dict[str, FeatureFormat] = {}
+        self._takes_videos = takes_videos(model.get_submodule(self.structure.body))
         self.scaler: torch.amp.GradScaler | None = None  # of float16: scales the loss before the backward
         self.loss_factor = 1.0  # of the loss of `forward`, for loops that divide it by their accumulated calls
         self._sync = True
@@ -195,7 +197,7 @@ class PipelineModel(PipelineWeights):
                     shape=shape,
                     routes=routes,
                     inputs=list(given) or [None] * shape.num_microbatches,
-                    form=self._form,
+                    forms=self._forms,
                     loss_divisor=divisor,
                     loss_scale=loss_scale,
                     backward=backward,
@@ -238,25 +240,36 @@ class PipelineModel(PipelineWeights):
             stage.recorder = recorder
 
     def _agree(self, batch: StepBatch, routes: tuple[Route, ...]) -> None:
-        """At the first step, and at the first with images: the format of features; are the stages exact."""
+        """At the first step, and the first with images or videos: the format of features; are the stages exact."""
         has_images = any(any(route.encoder_rows) for route in routes)
-        if self._form is None and has_images:
+        name, given = self.model_class.__name__, (*batch.text, *batch.vision)
+        refuse = partial(refuse_videos, given, name, self.plan, taken=self._takes_videos)
+        if has_images and not self._forms:
+            all_try(refuse)
+        else:
+            refuse()
+        if not self._forms and has_images:
             if self._check and self.structure.stack is not None:
                 check_parts = partial(check_encoder, self.model_class, self.config, self.plan)
                 agree_on_encoder(batch, routes, self.topology, self.place, check_parts)
             if self._check and self.plan.vision.tp > 1:
                 check = self._tensor_check(check_tensor_encoder, self.plan.vision.tp)
                 agree_on_encoder(batch, routes, self.topology, self.place, check, all_shards=True)
+        found: dict[str, FeatureFormat] = {}
+        if has_images and len(self._forms) < (2 if self._takes_videos else 1):
             vision = next((stage for stage in self._stages if stage.is_vision), None)
-            self._form = agree_on_format(batch, routes, self.topology, self.place, self.wire, vision)
+            found = agree_on_formats(batch, routes, self.topology, self.place, self.wire, vision, self._forms)
+            self._forms |= found
         if self._check and has_images not in self._checked and True not in self._checked:
             self._checked.add(has_images)
-            form = self._form if has_images else None
             check = partial(check_chain, self.model_class, self.config, self.structure, self.plan)
-            agree_on_stages(batch, self.topology, self.place, check, form)
+            agree_on_stages(batch, self.topology, self.place, check, self._forms)
             if self.plan.llm.tp > 1:
                 check = self._tensor_check(check_tensor_llm, self.plan.llm.tp, tied=self.structure.tied)
-                agree_on_stages(batch, self.topology, self.place, check, form, all_shards=True)
+                agree_on_stages(batch, self.topology, self.place, check, self._forms, all_shards=True)
+        if self._check and "video" in found:
+            check = partial(check_chain, self.model_class, self.config, self.structure, self.plan)
+            agree_on_videos(batch, self.topology, self.place, check, self._forms)
 
     def _tensor_check(self, check: Any, degree: int, **settings: Any) -> Any:
         fixed = (self.model_class, self.config, self._tp_plan, degree, self._tensor_group, self.wire.device)

@@ -1,10 +1,10 @@
 """The shapes of a step, which every rank knows before any tensor exists: what receive buffers are sized from.
 
 In: counts per sample (from the shape columns). Out: for each microbatch of each replica the shape of its `input_ids`
-and the rows of image features of each of its samples.
+and the rows of features, of images and videos, of each of its samples.
 
 Assumptions: a microbatch is padded to its longest sample, or packed into one row; a sample's features stand in the
-order of its image tokens.
+order of its image and video tokens.
 """
 
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ class MicrobatchShape:
     length: int = 0
     """`input_ids` has the shape `(rows, length)`."""
     features: tuple[int, ...] = ()
-    """Rows of image features (image tokens) of each sample, in the order of the microbatch."""
+    """Rows of features of each sample (tokens of its images and videos), in the order of the microbatch."""
 
     @classmethod
     def of(
@@ -39,7 +39,7 @@ class MicrobatchShape:
         packed: bool = False,
         pad_to_multiple_of: int = 1,
     ) -> "MicrobatchShape":
-        """From the LLM positions and the image tokens of its samples, as the collator will lay them out."""
+        """From the LLM positions and image (or video) tokens of its samples, as the collator will lay them out."""
         features = tuple(int(n) for n in image_tokens)
         if not len(llm_tokens):
             return cls()

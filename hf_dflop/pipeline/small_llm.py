@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from hf_dflop.pipeline.features import FeatureFormat
+from hf_dflop.pipeline.kinds import Formats, sent_width
 from hf_dflop.pipeline.shell import Foreign
 from hf_dflop.pipeline.structure import read_structure
 
@@ -118,14 +119,18 @@ def to_double(value: Any) -> Any:
     return value
 
 
-def small_features(
-    model: Any, form: FeatureFormat | None, rows: int
-) -> tuple[FeatureFormat | None, torch.Tensor | None]:
-    """Random image features of the copy's hidden size, and their format."""
-    if form is None:
-        return None, None
+def small_features(model: Any, forms: Formats, rows: int) -> tuple[Formats, torch.Tensor | None]:
+    """Random features of the copy's hidden size, and their formats."""
+    if not forms or not rows:
+        return {}, None
     width = int(model.config.get_text_config().hidden_size)
-    trailing = None if form.trailing is None else (*form.trailing[:-1], width)
-    small = FeatureFormat(width=width, trailing=trailing, extras=form.extras)
+    small = {
+        kind: FeatureFormat(
+            width=width,
+            trailing=None if form.trailing is None else (*form.trailing[:-1], width),
+            extras=form.extras,
+        )
+        for kind, form in forms.items()
+    }
     generator = torch.Generator().manual_seed(1)
-    return small, torch.randn(rows, small.sent_width, generator=generator, dtype=torch.float64)
+    return small, torch.randn(rows, sent_width(small), generator=generator, dtype=torch.float64)

@@ -20,9 +20,9 @@ from torch import nn
 
 from hf_dflop.errors import ModelError, PlanError
 from hf_dflop.pipeline.encoder import VisionPart, read_stack, vision_ranges
-from hf_dflop.pipeline.features import FeatureFormat, unflatten
+from hf_dflop.pipeline.kinds import Formats, enter, is_pixels
 from hf_dflop.pipeline.shell import Foreign, Inject, Received, shell
-from hf_dflop.pipeline.structure import ROUTER_LOSS, Structure, is_pixels, read_structure
+from hf_dflop.pipeline.structure import ROUTER_LOSS, Structure, read_structure
 from hf_dflop.plan.plan import Plan
 
 __all__ = ["LlmPart", "VisionPart", "build_part", "foreign_names", "layer_ranges", "owner_stage", "read_cut"]
@@ -53,7 +53,7 @@ class LlmPart(nn.Module):
         self,
         inputs: Mapping[str, Any],
         received: torch.Tensor | None,
-        form: FeatureFormat | None,
+        forms: Formats,
         loss_divisor: torch.Tensor | None,
     ) -> Any:
         """Hidden states `(rows, length, hidden)`; on the last stage the model's own output, with `loss`.
@@ -61,14 +61,15 @@ class LlmPart(nn.Module):
         Args:
             inputs (`Mapping`): text inputs of the model, the same on all stages; `labels` on the last.
             received (`torch.Tensor`, *optional*): features on the first stage, hidden states on the others.
-            form (`FeatureFormat`, *optional*): format of the features.
+            forms (`Mapping`): kind -> format of the features; empty before any came.
             loss_divisor (`torch.Tensor`, *optional*): label tokens of the optimizer step, on the last stage.
         """
         # A cache is of no use here, and it would turn the detection of joined samples off.
         given = {"use_cache": False} | {key: value for key, value in inputs.items() if not is_pixels(key)}
         if self.first:
-            if received is not None and form is not None:
-                given["mm_encoder_outputs"] = {"image": unflatten(received, form)}
+            if received is not None and forms:
+                body = self.model.get_submodule(self.body)
+                given["mm_encoder_outputs"] = enter(received, forms, body, inputs)
         else:
             self.received.value = received
         try:

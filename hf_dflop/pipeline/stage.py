@@ -32,6 +32,7 @@ from torch.distributed.pipelining.stage import _PipelineStageBase
 from hf_dflop.errors import ShapeMismatchError
 from hf_dflop.pipeline.bridge import Piece
 from hf_dflop.pipeline.encoder import VisionPart
+from hf_dflop.pipeline.kinds import sent_width
 from hf_dflop.pipeline.recorder import StepRecorder
 from hf_dflop.pipeline.shape import MicrobatchShape
 from hf_dflop.pipeline.split import LlmPart
@@ -127,8 +128,7 @@ class RaggedStage(_PipelineStageBase):
                 output, _ = self._saved[microbatch]
                 assert output is not None
                 return tuple(output.shape)
-            assert self.step.form is not None
-            return (self.step.routes[microbatch].encoder_rows[self.replica], self.step.form.sent_width)
+            return (self.step.routes[microbatch].encoder_rows[self.replica], sent_width(self.step.forms))
         shape = self.shape_of(microbatch)
         return (shape.rows, shape.length, self.wire.hidden_size)
 
@@ -137,8 +137,7 @@ class RaggedStage(_PipelineStageBase):
             return self._incoming[microbatch]
         shape = self.shape_of(microbatch)
         if self.stage_index == self.first_llm_stage:
-            assert self.step.form is not None or not shape.num_features
-            return (shape.num_features, self.step.form.sent_width if self.step.form else 0)
+            return (shape.num_features, sent_width(self.step.forms))
         return (shape.rows, shape.length, self.wire.hidden_size)
 
     # Peers ------------------------------------------------------------------------------------------------------
@@ -288,12 +287,12 @@ class RaggedStage(_PipelineStageBase):
         step = self.step
         inputs = self.wire.to_device(self._inputs_of(microbatch))
         if isinstance(self.submod, VisionPart):
-            output = self.submod(inputs, received, step.form)
+            output = self.submod(inputs, received, step.forms)
             if not self.submod.last:
                 return self._sendable(output)
         else:
             self._check_text(microbatch, inputs)
-            result = self.submod(inputs, received, step.form, step.loss_divisor)
+            result = self.submod(inputs, received, step.forms, step.loss_divisor)
             if self.is_last:
                 step.losses[microbatch] = result.loss.detach()
                 if step.keep_logits:
@@ -302,7 +301,7 @@ class RaggedStage(_PipelineStageBase):
             output = result
         expected = self._output_size(microbatch)
         if tuple(output.shape) != expected:
-            what = "rows of image features" if self.is_vision else "hidden states"
+            what = "rows of features" if self.is_vision else "hidden states"
             raise ShapeMismatchError(
                 f"microbatch {microbatch} gives {what} of shape {tuple(output.shape)}, but its shape columns say "
                 f"{expected}: the dataset was annotated with another processor or collator. Profile it again"

@@ -50,6 +50,8 @@ class Structure:
     """The vision encoder alone, without the connector, where the model tells."""
     vision_keys: tuple[str, ...]
     """Inputs of `get_image_features`."""
+    video_keys: tuple[str, ...]
+    """Inputs of `get_video_features`; empty where there is none."""
     tied: bool
     """The head's weight is the token embedding."""
     stack: EncoderStack | None = None
@@ -124,6 +126,7 @@ def read_structure(model: nn.Module) -> Structure:
         encoder=_encoder(model, body_name, decoder_name),
         tower=None if tower is None or tower is model else names.get(id(tower)),
         vision_keys=_inputs(body.get_image_features),
+        video_keys=_inputs(body.get_video_features) if hasattr(body, "get_video_features") else (),
         tied=head is not None and head.weight is model.get_input_embeddings().weight,
     )
 
@@ -140,11 +143,6 @@ def _inputs(function: Any) -> tuple[str, ...]:
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     parameters = inspect.signature(function).parameters.values()
     return tuple(p.name for p in parameters if p.kind in kinds and not p.name.startswith("vision_feature"))
-
-
-def is_pixels(key: str) -> bool:
-    """Whether an input is as large as the images, so that LLM ranks never hold it."""
-    return key.startswith("pixel_")
 
 
 def has_trainable(module: nn.Module) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from hf_dflop.pipeline.bridge import Route
-from hf_dflop.pipeline.features import FeatureFormat
+from hf_dflop.pipeline.kinds import Formats
 from hf_dflop.pipeline.shape import StepShape
 
 __all__ = ["StageStep", "Wire"]
@@ -51,7 +51,7 @@ class StageStep:
     routes: tuple[Route, ...]
     inputs: list[Mapping[str, Any] | None]
     """Of each microbatch: vision inputs on stages of the encoder, text inputs on the others."""
-    form: FeatureFormat | None
+    forms: Formats
     loss_divisor: torch.Tensor | None = None
     loss_scale: float | torch.Tensor = 1.0
     backward: bool = True

@@ -73,12 +73,14 @@ def video_info(cell: Any, *, where: str = "video") -> VideoInfo:
     """Number of frames, frames per second and size of a video.
 
     Args:
-        cell (`dict`, `str` or `list`): the video cell of a row.
+        cell (`dict`, `str`, `list` or `VideoInfo`): the video cell of a row, or what is known of it.
         where (`str`): how error messages call it, for example "row 3, column 'videos'".
 
     Raises:
         DatasetError: the video cannot be read, holds no frames, or its frames differ in size.
     """
+    if isinstance(cell, VideoInfo):
+        return cell
     if isinstance(cell, list | tuple):
         sizes = {image_size(frame, where=f"{where}, frame {i}") for i, frame in enumerate(cell)}
         if len(sizes) != 1:
@@ -103,7 +105,7 @@ def load_frames(cell: Any, info: VideoInfo, indices: Sequence[int], *, where: st
     """Decoded, upright RGB frames, `(num_indices, height, width, 3)`.
 
     Args:
-        cell (`dict`, `str` or `list`): the video cell of a row.
+        cell (`dict`, `str`, `list` or `VideoInfo`): the video cell of a row; a `VideoInfo` has black frames.
         info (`VideoInfo`): what `video_info` says of it.
         indices (`Sequence[int]`): which frames, in any order; a frame may be asked for twice.
         where (`str`): how error messages call it.
@@ -111,6 +113,8 @@ def load_frames(cell: Any, info: VideoInfo, indices: Sequence[int], *, where: st
     Raises:
         DatasetError: a frame cannot be decoded, or is not what the header says.
     """
+    if isinstance(cell, VideoInfo):
+        return np.zeros((len(indices), info.height, info.width, 3), dtype=np.uint8)
     wanted = set(indices)
     found: dict[int, npt.NDArray[np.uint8]] = {}
     if isinstance(cell, list | tuple):

@@ -19,6 +19,13 @@ def test_schedules_placements_and_negative_controls() -> None:
     assert output.count("schedules: ") >= (57 if EVERY_CASE else 39)
 
 
+def test_gradients_of_videos_are_those_of_one_process() -> None:
+    output = launch(
+        f"{SCRIPTS}.pipeline_videos", "all" if EVERY_CASE else "suite", num_processes=6 if EVERY_CASE else 3
+    )
+    assert output.count("videos: ") == (7 * 6 + 1 + 5 + 1 if EVERY_CASE else 7 + 1 + 1 + 1)
+
+
 def test_ten_steps_and_a_stock_checkpoint() -> None:
     output = launch(f"{SCRIPTS}.pipeline_steps", "llava", "2,1,2", "float64", "1", num_processes=4)
     assert output.count("steps: ") == 1

@@ -20,6 +20,11 @@ def test_ten_steps_and_a_stock_checkpoint(folder: Path, cases: list[str]) -> Non
     assert output.count("trainer: ") == 2 * len(cases)
 
 
+def test_rows_with_videos(tmp_path: Path) -> None:
+    output = launch("tests.distributed.scripts.pipeline_videos_trainer", str(tmp_path), num_processes=2)
+    assert output.count("videos trainer: exact") == 2
+
+
 def test_stopped_and_resumed(folder: Path) -> None:
     output = launch(SCRIPT, "resume", str(folder), "lora:1,2,1", num_processes=3)
     assert "trainer: 5 + 5 = 10" in output

@@ -5,6 +5,7 @@ import torch
 
 from hf_dflop.errors import ModelError, PlanError
 from hf_dflop.pipeline import MicrobatchShape, StepShape, Topology, build_batch
+from hf_dflop.pipeline.kinds import refuse_videos, takes_videos
 from hf_dflop.pipeline.skeleton import unwrap
 from hf_dflop.pipeline.split import build_part
 from hf_dflop.pipeline.structure import read_structure
@@ -30,12 +31,31 @@ def test_the_balancing_loss_of_routers_is_refused_before_and_after_the_model_was
 
 
 @pytest.mark.parametrize("key", ["pixel_values_videos", "video_grid_thw"])
-@pytest.mark.parametrize("rank", [0, 1])
-def test_videos_are_refused(key: str, rank: int) -> None:
+def test_videos_are_refused_where_they_cannot_be_run(key: str) -> None:
+    given = [None, {"input_ids": torch.zeros(1, 5), key: torch.ones(1)}]
+    plan = pipelines.plan((1, 1, 1))
+    assert not takes_videos(pipelines.model("llava").model)
+    assert takes_videos(pipelines.model("qwen2_vl").model)
+    refuse_videos([None, {"pixel_values": torch.ones(1), key: None}], "Model", plan, taken=False)
+    refuse_videos(given, "Model", plan, taken=True)
+    with pytest.raises(ModelError, match="the body of Model has no get_video_features"):
+        refuse_videos(given, "Model", plan, taken=False)
+    for cut in ({"encoder": (1, 1)}, {"vision_tp": 2}):
+        with pytest.raises(ModelError, match="the encoder of Model is cut"):
+            refuse_videos(given, "Model", pipelines.plan((1, 1, 1), **cut), taken=True)
+
+
+def test_ids_go_to_the_encoder_only_with_images_and_videos() -> None:
     shape = StepShape(microbatches=((MicrobatchShape.of([5], [2]),),), label_tokens=4)
     topology = Topology(plan=pipelines.plan((1, 1, 1), num_microbatches=1))
-    with pytest.raises(ModelError, match=f"holds {key}; the pipeline runs images only"):
-        build_batch(shape, topology, rank, lambda samples: {"input_ids": torch.zeros(1, 5), key: torch.ones(1)})
+    one = torch.ones(1)
+    given = {"input_ids": one, "labels": one, "pixel_values_videos": one, "video_grid_thw": one}
+    assert set(build_batch(shape, topology, 0, lambda samples: given).vision[0] or {}) == set(list(given)[2:])
+    both = given | {"pixel_values": one}
+    assert set(build_batch(shape, topology, 0, lambda samples: both).vision[0] or {}) == set(both) - {"labels"}
+    assert set(build_batch(shape, topology, 1, lambda samples: both).text[0] or {}) == set(list(given)[:2]) | {
+        "video_grid_thw"
+    }
 
 
 def test_adapters_are_not_split_over_tensor_parallel_ranks() -> None:

@@ -1,0 +1,192 @@
+"""Gradients through the pipeline of microbatches with images, videos, both and neither, against one process.
+
+Arguments: "suite" or "all".
+"""
+
+import functools
+import sys
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+import transformers as tf
+
+from hf_dflop.data import PackedCollator, VisionLanguageCollator
+from hf_dflop.errors import ModelError, ShapeMismatchError
+from hf_dflop.pipeline import MicrobatchShape, PipelineModel, StepShape, encoder
+from tests.distributed import pipelines as p
+from tests.unit.profile.test_videos import MODELS, TEXT, TOWER, frames, processor
+
+LAYERS = 4
+EVERY_LAYOUT: list[p.Layout] = [(1, 1, 1), (1, 2, 1), (2, 1, 1), (1, 1, 2), (2, 2, 2)]
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+ONE_TOKEN = ("glm4v",)
+"""Images and videos have the same token: the stock model takes no microbatch with both."""
+CASES = {
+    **MODELS,
+    "llava_next_video": (
+        "LlavaNextVideoConfig",
+        TOWER | {"model_type": "clip_vision_model", "image_size": 56, "patch_size": 14},
+        TEXT | {"model_type": "llama"},
+        {"patch_size": 14, "num_additional_image_tokens": 1, "vision_feature_select_strategy": "default"},
+    ),
+}
+SIDES = {"llava_onevision": 96, "internvl": 96, "llava_next_video": 56}
+"""Side of what goes into the tower, of families whose processors stack videos: they must be of one length."""
+
+
+@functools.cache
+def stock_processor(family: str) -> Any:
+    stock = processor(family)
+    for key, value in CASES[family][3].items():
+        setattr(stock, key, value)
+    stock.video_processor.do_sample_frames = family in SIDES
+    if family in SIDES:
+        side = SIDES[family]
+        stock.video_processor.num_frames, stock.video_processor.fps = 3, None
+        stock.image_processor.size = stock.image_processor.crop_size = {"height": side, "width": side}
+        if family != "internvl":
+            stock.image_processor.image_grid_pinpoints = [[side, side], [side, 2 * side], [2 * side, side]]
+    else:
+        stock.image_processor.patch_size = stock.video_processor.patch_size
+    return stock
+
+
+def model(family: str, dtype: torch.dtype) -> Any:
+    name, vision, text, _ = CASES[family]
+    stock = stock_processor(family)
+    ids = {key: stock.tokenizer.convert_tokens_to_ids(getattr(stock, key)) for key in ("image_token", "video_token")}
+    if getattr(stock.image_processor, "merge_size", None):
+        vision = vision | {"patch_size": stock.video_processor.patch_size}
+    settings = {f"{key}_id": value for key, value in ids.items()}
+    if family.startswith("llava"):
+        settings["image_grid_pinpoints"] = stock.image_processor.image_grid_pinpoints
+    config = getattr(tf, name)(vision_config=vision, text_config=text | {"num_hidden_layers": LAYERS}, **settings)
+    torch.manual_seed(0)
+    built = tf.AutoModelForImageTextToText.from_config(config, attn_implementation="sdpa").to(dtype)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for value in built.parameters():
+            if value.ndim > 1:
+                value.copy_(torch.randn(value.shape, generator=generator, dtype=dtype) * 0.15)
+    return built.train()
+
+
+def row(question: str, clips: Any = (), images: Any = ()) -> dict[str, Any]:
+    said = {"role": "assistant", "content": "The sea, then the sea."}
+    asked = {"role": "user", "content": " and ".join(["<image>"] * len(images) + ["<video>"] * len(clips)) + question}
+    return {"messages": [asked, said], "images": list(images), "videos": list(clips)}
+
+
+def cells_of(family: str) -> p.Cells:
+    clip, wide, other = frames(6), frames(9, 90, 30, seed=1), frames(4, 30, 80, seed=2)
+    picture, tall = frames(1, 60, 60, seed=3)[0], frames(1, 40, 90, seed=4)[0]
+    text, short = row("Only text, and of some length?"), row("A video?", [clip])
+    two, image = row("First, second?", [wide, other]), row("A picture?", images=[picture])
+    both = two if family in ONE_TOKEN else row("Both?", [other], [tall])
+    beside = [short, text] if family in ONE_TOKEN else [image, short, text]
+    return [[short, text], [image], [text], [], [two], beside, [both], [text, text]]
+
+
+def casting(collate: Any, dtype: torch.dtype) -> Any:
+    return p.casting(collate, dtype)
+
+
+def shape_of(collator: VisionLanguageCollator, dealt: Any, collate: Any, *, packed: bool) -> StepShape:
+    microbatches, labels = [], 0
+    for replicas in dealt:
+        line = []
+        for rows in replicas:
+            alone = [collator([one]) for one in rows]
+            features = [int(np.isin(b["input_ids"], collator.renderer.feature_ids).sum()) for b in alone]
+            tokens = [b["input_ids"].shape[1] for b in alone]
+            line.append(MicrobatchShape.of(tokens, features, packed=packed))
+            labels += int((collate(rows)["labels"][:, 1:] != -100).sum()) if rows else 0
+        microbatches.append(tuple(line))
+    return StepShape(microbatches=tuple(microbatches), label_tokens=labels)
+
+
+class Case:
+    """A family's step in one process, told to all ranks."""
+
+    def __init__(self, worlds: p.Worlds, family: str, dtype: torch.dtype, *, packed: bool = False) -> None:
+        self.worlds, self.family, self.dtype, self.packed = worlds, family, dtype, packed
+        self.collator = VisionLanguageCollator(stock_processor(family))
+        built = model(family, dtype)
+        pack = PackedCollator(self.collator, built) if packed else None
+        self.collate = casting(pack or self.collator, dtype)
+        without = self.collator.without_pixels
+        self.text = casting((lambda rows: pack.pack(without(rows))) if pack is not None else without, dtype)
+        self.vision = casting(self.collator, dtype)
+        self.cells = cells_of(family)
+        told = None
+        if worlds.rank == 0:
+            labels = self.shape(1).label_tokens
+            told = p.stock_gradients(built, self.cells, self.collate, labels)
+        self.loss, self.gradients = worlds.tell(told)
+
+    def shape(self, dp: int) -> StepShape:
+        return shape_of(self.collator, p.deal(self.cells, dp), self.collate, packed=self.packed)
+
+    def run(self, layout: p.Layout, *, shape: StepShape | None = None, **settings: Any) -> tuple[float, str]:
+        """Worst relative error of gradients over all ranks; call it inside a world."""
+        dealt = p.deal(self.cells, layout[2])
+        plan = p.plan(layout, layers=LAYERS, num_microbatches=len(dealt), **settings)
+        pipe = PipelineModel.from_model(model(self.family, self.dtype), plan=plan)
+        shape = shape or self.shape(layout[2])
+        result = pipe.step(p.batch_of(pipe, dealt, shape, self.text, self.vision))
+        assert result.label_tokens == shape.label_tokens
+        error, where = p.worst_error(pipe, self.gradients)
+        loss = abs(result.loss - self.loss) / self.loss
+        assert p.covered(pipe)
+        return p.over_ranks(max(error, loss)), where
+
+
+def exact(case: Case, layouts: list[p.Layout], **settings: Any) -> None:
+    for layout in layouts:
+        with case.worlds.of(layout[0] * (settings.get("placement") is None) + layout[1] * layout[2]) as inside:
+            if inside:
+                error, where = case.run(layout, **settings)
+                told = f"{case.family} {layout} {case.dtype} packed={case.packed} {settings}: {error:.1e} at {where}"
+                assert error <= TOLERANCE[case.dtype], told
+                if case.worlds.rank == 0:
+                    print(f"videos: {told}", flush=True)
+
+
+def negative_controls(worlds: p.Worlds, case: Case) -> None:
+    """Rows in another order than their placeholders show; wrong shapes and a cut encoder stop on all ranks."""
+    with worlds.of(2) as inside:
+        if inside:
+            stock = encoder.join
+            with mock.patch.object(encoder, "join", lambda *given: stock(*given).flip(0)):
+                error, _ = case.run((1, 1, 1))
+            assert error > 1e-2, error
+            shape = case.shape(1)
+            first = shape.microbatches[0][0]
+            wrong = MicrobatchShape(rows=first.rows, length=first.length, features=(first.features[0] + 1, 0))
+            off = StepShape(microbatches=((wrong,), *shape.microbatches[1:]), label_tokens=shape.label_tokens)
+            with pytest.raises(ShapeMismatchError, match="the shape columns say"):
+                case.run((1, 1, 1), shape=off)
+    with worlds.of(3) as inside:
+        if inside:
+            with pytest.raises(ModelError, match="videos are run by an encoder in one stage"):
+                case.run((1, 1, 1), encoder=(1, 1))
+    if worlds.rank == 0:
+        print("videos: negative controls", flush=True)
+
+
+if __name__ == "__main__":
+    worlds = p.Worlds()
+    every = sys.argv[1] == "all"
+    names = list(CASES) if sys.argv[1] in ("all", "suite") else sys.argv[1].split(",")
+    for number, family in enumerate(names):
+        case = Case(worlds, family, torch.float64)
+        exact(case, EVERY_LAYOUT if every else [[(2, 1, 1), (1, 2, 1), (1, 1, 2)][number % 3]])
+        if family == "qwen2_5_vl":
+            exact(case, [(1, 2, 1)], placement="colocated", schedule="zero_bubble" if every else "1f1b")
+            exact(Case(worlds, family, torch.float64, packed=True), EVERY_LAYOUT if every else [(1, 1, 2)])
+            negative_controls(worlds, case)
+        if every:
+            exact(Case(worlds, family, torch.float32), [(2, 2, 1)])
