@@ -123,19 +123,18 @@ class Case:
         self.cells = cells_of(family)
         told = None
         if worlds.rank == 0:
-            labels = self.shape(1).label_tokens
-            told = p.stock_gradients(built, self.cells, self.collate, labels)
-        self.loss, self.gradients = worlds.tell(told)
-
-    def shape(self, dp: int) -> StepShape:
-        return shape_of(self.collator, p.deal(self.cells, dp), self.collate, packed=self.packed)
+            shapes = {
+                dp: shape_of(self.collator, p.deal(self.cells, dp), self.collate, packed=packed) for dp in (1, 2)
+            }
+            told = shapes, *p.stock_gradients(built, self.cells, self.collate, shapes[1].label_tokens)
+        self.shapes, self.loss, self.gradients = worlds.tell(told)
 
     def run(self, layout: p.Layout, *, shape: StepShape | None = None, **settings: Any) -> tuple[float, str]:
         """Worst relative error of gradients over all ranks; call it inside a world."""
         dealt = p.deal(self.cells, layout[2])
         plan = p.plan(layout, layers=LAYERS, num_microbatches=len(dealt), **settings)
         pipe = PipelineModel.from_model(model(self.family, self.dtype), plan=plan)
-        shape = shape or self.shape(layout[2])
+        shape = shape or self.shapes[layout[2]]
         result = pipe.step(p.batch_of(pipe, dealt, shape, self.text, self.vision))
         assert result.label_tokens == shape.label_tokens
         error, where = p.worst_error(pipe, self.gradients)
@@ -163,7 +162,7 @@ def negative_controls(worlds: p.Worlds, case: Case) -> None:
             with mock.patch.object(encoder, "join", lambda *given: stock(*given).flip(0)):
                 error, _ = case.run((1, 1, 1))
             assert error > 1e-2, error
-            shape = case.shape(1)
+            shape = case.shapes[1]
             first = shape.microbatches[0][0]
             wrong = MicrobatchShape(rows=first.rows, length=first.length, features=(first.features[0] + 1, 0))
             off = StepShape(microbatches=((wrong,), *shape.microbatches[1:]), label_tokens=shape.label_tokens)
@@ -185,7 +184,7 @@ if __name__ == "__main__":
         case = Case(worlds, family, torch.float64)
         exact(case, EVERY_LAYOUT if every else [[(2, 1, 1), (1, 2, 1), (1, 1, 2)][number % 3]])
         if family == "qwen2_5_vl":
-            exact(case, [(1, 2, 1)], placement="colocated", schedule="zero_bubble" if every else "1f1b")
+            exact(case, [(1, 2, 1)], placement="colocated", schedule="zero-bubble" if every else "1f1b")
             exact(Case(worlds, family, torch.float64, packed=True), EVERY_LAYOUT if every else [(1, 1, 2)])
             negative_controls(worlds, case)
         if every:
