@@ -37,7 +37,6 @@ from hf_dflop.integrations.pipeline_optimizer import check_by_number
 from hf_dflop.integrations.pipeline_scaler import scale_together
 from hf_dflop.integrations.pipeline_trace import TraceSteps
 from hf_dflop.pipeline import PipelineModel, StepBatch
-from hf_dflop.pipeline.loss import count_label_tokens
 
 __all__ = ["DflopTrainer", "PipelineTrainerMixin"]
 
@@ -231,14 +230,10 @@ class PipelineTrainerMixin:
 
     def _add_losses(self, slots: list[StepBatch], total: torch.Tensor) -> None:
         batch = join_slots(slots, label_tokens=1)
-        result = self.pipe.step(batch, backward=False)
+        result = self.pipe.step(batch, backward=False, mean=True)
         for microbatch, loss in result.losses.items():
-            inputs = batch.text[microbatch]
-            if inputs is None:
-                continue
             samples = len(batch.shape.microbatches[microbatch][self.pipe.place.replica].features)
-            tokens = count_label_tokens(inputs["labels"])
-            total += torch.stack([loss.double() * samples / max(tokens, 1), torch.full_like(loss.double(), samples)])
+            total += torch.stack([loss.double() * samples, torch.full_like(loss.double(), samples)])
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         """Not supported.

@@ -31,12 +31,13 @@ from hf_dflop.pipeline.groups import new_group
 from hf_dflop.pipeline.handshake import agree_on_encoder, agree_on_format, agree_on_stages, all_try
 from hf_dflop.pipeline.loss import count_label_tokens, sum_losses
 from hf_dflop.pipeline.recorder import StepRecorder
+from hf_dflop.pipeline.router import read_routers, sent_widths
 from hf_dflop.pipeline.schedule import fits_plan, make_runtime, note_receives
 from hf_dflop.pipeline.setup import checkpoint_layers, freeze, is_reentrant
 from hf_dflop.pipeline.shards import Shards
 from hf_dflop.pipeline.shell import drop
 from hf_dflop.pipeline.skeleton import Skeleton, unwrap
-from hf_dflop.pipeline.split import build_part, foreign_names, owner_stage, read_cut
+from hf_dflop.pipeline.split import build_part, foreign_names, layer_ranges, owner_stage, read_cut
 from hf_dflop.pipeline.stage import RaggedStage
 from hf_dflop.pipeline.tensor_rules import tensor_rules
 from hf_dflop.pipeline.topology import Topology
@@ -81,6 +82,9 @@ class PipelineModel(nn.Module):
         self.skeleton = Skeleton(model)
         model = unwrap(model)
         self.structure = read_cut(model, plan)
+        routers = read_routers(model, self.structure)
+        if any(routers) and plan.llm.tp > 1:
+            raise PlanError("the balancing loss of routers (output_router_logits) runs with llm.tp=1 only.")
         self._tp_plan = dict(getattr(model, "tp_plan", None) or {})
         rules = tensor_rules(model, self._tp_plan, self.structure, plan)
         freeze(model, self.structure, plan.frozen)
@@ -91,7 +95,7 @@ class PipelineModel(nn.Module):
         self.wire = Wire(
             dtype=model.get_input_embeddings().weight.dtype,
             device=torch.device("cpu" if device is None else device),
-            hidden_size=self.structure.hidden_size,
+            llm_widths=sent_widths(routers, layer_ranges(plan), self.structure.hidden_size),
             autocast=autocast,
         )
         self._reentrant = is_reentrant(model)
@@ -277,6 +281,7 @@ class PipelineModel(nn.Module):
         loss_scale: float | torch.Tensor | None = None,
         order: Order | None = None,
         keep_logits: bool = False,
+        mean: bool = False,
     ) -> StepResult:
         """Run all microbatches of a call; gradients are added to `.grad`.
 
@@ -290,6 +295,8 @@ class PipelineModel(nn.Module):
                 Factor on the loss before the backward, the same on all ranks; by default that of `scaler`, or 1.
             order (`Order`, *optional*): the actions of this call, instead of the plan's.
             keep_logits (`bool`, defaults to `False`): return logits.
+            mean (`bool`, defaults to `False`):
+                Divide the loss of each microbatch by its own label tokens, as an evaluation does, not by the step's.
 
         Raises:
             ShapeMismatchError: tensors are not of the shapes that were announced.
@@ -303,7 +310,7 @@ class PipelineModel(nn.Module):
         if loss_scale is None:
             one = torch.ones((), device=self.wire.device)
             loss_scale = 1.0 if self.scaler is None or not backward else self.scaler.scale(one)
-        divisor = torch.tensor(max(shape.label_tokens, 1), device=self.wire.device)
+        divisor = None if mean else torch.tensor(max(shape.label_tokens, 1), device=self.wire.device)
         steps: list[StageStep] = []
         for stage in self._stages:
             given = batch.vision if stage.is_vision else batch.text
