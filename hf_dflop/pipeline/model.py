@@ -82,7 +82,7 @@ class PipelineModel(nn.Module):
         self.skeleton = Skeleton(model)
         model = unwrap(model)
         self.structure = read_cut(model, plan)
-        routers = read_routers(model, self.structure)
+        routers = read_routers(model, self.structure, autocast)
         if any(routers) and plan.llm.tp > 1:
             raise PlanError("the balancing loss of routers (output_router_logits) runs with llm.tp=1 only.")
         self._tp_plan = dict(getattr(model, "tp_plan", None) or {})
@@ -112,7 +112,7 @@ class PipelineModel(nn.Module):
         self._checked: set[bool] = set()
         self._recorder: StepRecorder | None = None
         trainable = self._trainable(model)
-        parts = {stage: build_part(model, self.structure, plan, stage) for stage in self.place.stages}
+        parts = {stage: build_part(model, self.structure, plan, stage, routers) for stage in self.place.stages}
         drop(model, *foreign_names(self.structure, plan, self.place.stages))
         self._copies_group = new_group(self.topology.copies())
         self._tensor_group = new_group(self.topology.tensor_groups())

@@ -37,8 +37,8 @@ LayerRouters = tuple[tuple[Router, ...], ...]
 """The routers of each layer: none where it is dense, and nowhere where the loss is not asked for."""
 
 
-def read_routers(model: Any, structure: Structure) -> LayerRouters:
-    """Routers whose logits the loss of `model` takes.
+def read_routers(model: Any, structure: Structure, autocast: torch.dtype | None = None) -> LayerRouters:
+    """Routers whose logits the loss of `model` takes, computed under `autocast`.
 
     Raises:
         ModelError: `output_router_logits` is set, and the class computes no loss from them, or it cannot be told what
@@ -58,7 +58,7 @@ def read_routers(model: Any, structure: Structure) -> LayerRouters:
         )
     layers = model.get_submodule(structure.layers)
     found = tuple(
-        tuple(_probe(module, index, structure.hidden_size) for module, index in _modules(layer, recorded))
+        tuple(_probe(module, index, structure.hidden_size, autocast) for module, index in _modules(layer, recorded))
         for layer in layers.children()
     )
     sent = model.get_input_embeddings().weight.dtype
@@ -84,10 +84,11 @@ def _modules(layer: nn.Module, recorded: dict[str, Any]) -> Iterator[tuple[nn.Mo
                 yield module, getattr(spec, "index", 1)
 
 
-def _probe(module: nn.Module, index: int, hidden_size: int) -> Router:
+def _probe(module: nn.Module, index: int, hidden_size: int, autocast: torch.dtype | None) -> Router:
     weight = next(module.parameters())
+    context = torch.autocast(weight.device.type, dtype=autocast, enabled=autocast is not None)
     try:
-        with torch.no_grad(), torch.random.fork_rng([]):
+        with torch.no_grad(), torch.random.fork_rng([]), context:
             output = module(torch.zeros(1, 2, hidden_size, dtype=weight.dtype, device=weight.device))
         logits = output[index] if isinstance(output, tuple) else output
         return Router(width=int(logits.shape[-1]), dtype=logits.dtype)
@@ -106,7 +107,7 @@ def sent_widths(routers: LayerRouters, ranges: Iterable[range], hidden_size: int
 
 
 def join_logits(hidden: torch.Tensor, earlier: Sequence[torch.Tensor], own: Sequence[torch.Tensor]) -> torch.Tensor:
-    """What a stage sends: `(rows, length, hidden + logits)`, of hidden states and router logits `(tokens, experts)`."""
+    """What a stage sends, `(rows, length, hidden + logits)`: hidden states, router logits of `(tokens, experts)`."""
     if not earlier and not own:
         return hidden
     logits = [part.reshape(*hidden.shape[:-1], part.shape[-1]) for part in (*earlier, *own)]

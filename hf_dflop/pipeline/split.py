@@ -80,7 +80,8 @@ class LlmPart(nn.Module):
         form: FeatureFormat | None,
         loss_divisor: torch.Tensor | None,
     ) -> Any:
-        """Hidden states `(rows, length, hidden)`, beside them router logits; on the last stage the model's own output, with `loss`.
+        """What is sent on, `(rows, length, width)`: hidden states, and router logits beside them. On the last stage the
+        model's own output, with `loss`.
 
         Args:
             inputs (`Mapping`): text inputs of the model, the same on all stages; `labels` on the last.
@@ -144,13 +145,15 @@ def read_cut(model: nn.Module, plan: Plan) -> Structure:
     return replace(structure, stack=read_stack(model, structure, plan.vision.num_layers))
 
 
-def build_part(model: nn.Module, structure: Structure, plan: Plan, stage: int) -> VisionPart | LlmPart:
-    """The module of a stage, of all stages of the model."""
+def build_part(
+    model: nn.Module, structure: Structure, plan: Plan, stage: int, routers: LayerRouters | None = None
+) -> VisionPart | LlmPart:
+    """The module of a stage, of all stages of the model; `routers` where it runs under autocast."""
     encoders = plan.vision.num_stages
     if stage < encoders:
         return VisionPart(model, structure, None if encoders == 1 else vision_ranges(plan.vision.layers)[stage])
     ranges, at = layer_ranges(plan), stage - encoders
-    routers = read_routers(model, structure)
+    routers = read_routers(model, structure) if routers is None else routers
     return LlmPart(model, structure, ranges[at], routers, first=at == 0, last=at == len(ranges) - 1)
 
 

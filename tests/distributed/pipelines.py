@@ -143,8 +143,8 @@ def model(
     shared: bool = False,
 ) -> Any:
     """A fresh model, the same on every rank; `encoder` layers of the encoder, features of `feature_layers`,
-    `key_heads` heads of keys and values; `balance` times the routers' balancing loss; with LoRA on the modules whose names fit the expression `adapted`; with a
-    weight that the first and the last layer have in common."""
+    `key_heads` heads of keys and values; `balance` times the routers' balancing loss; with LoRA on the modules whose
+    names fit the expression `adapted`; with a weight that the first and the last layer have in common."""
     built = copy.deepcopy(_master(family, dtype, layers, tied, deepstack, encoder, feature_layers, key_heads, balance))
     if shared:
         decoder = built.model.language_model.layers

@@ -27,6 +27,9 @@ COVERED = (
     "frozen LLM", "checkpointing", "packed", "deepstack", "encoder in stages, tied", "encoder in stages, float32",
     "encoder in stages, checkpointing", "encoder in stages, LLM replicas", "encoder in stages, autocast",
     "frozen LLM, zero bubble", "zero bubble, chunks", "encoder in stages, frozen encoder",
+    "routers", "routers, two stages", "routers, replicas", "routers, checkpointing", "routers, text only",
+    "routers, packed", "routers, autocast", "routers, three stages", "routers of another family",
+    "routers of another family, replicas",
 )  # fmt: skip
 """Cases whose conditions come together in others; run with every case."""
 
