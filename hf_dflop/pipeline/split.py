@@ -80,7 +80,7 @@ class LlmPart(nn.Module):
         form: FeatureFormat | None,
         loss_divisor: torch.Tensor | None,
     ) -> Any:
-        """What is sent on, `(rows, length, width)`: hidden states, and router logits beside them. On the last stage the
+        """What is sent, `(rows, length, width)`: hidden states, and router logits beside them. On the last stage the
         model's own output, with `loss`.
 
         Args:

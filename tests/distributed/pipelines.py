@@ -76,7 +76,8 @@ def _config(family: str) -> Any:
         like = families.config_of("qwen3_vl", processor)
         vision = {"depth": 2, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 16}
         experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_group": 1}
-        text = {**families.TEXT, "head_dim": 8, "rope_parameters": families.MROPE, **experts}
+        rope = families.MROPE | {"partial_rotary_factor": 1.0}
+        text = {**families.TEXT, "head_dim": 8, "rope_parameters": rope, **experts}
         return tf.Glm4vMoeConfig(
             vision_config={**vision, "patch_size": 16, "image_size": 64},
             text_config=text | {"topk_group": 1, "first_k_dense_replace": 1},

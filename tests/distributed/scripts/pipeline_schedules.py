@@ -222,7 +222,9 @@ CASES: dict[str, Case] = {
     "routers of another family, three stages": Case(
         layout=(1, 3, 1), family="glm4v_moe", model=BALANCE | {"layers": 6}, dtype=torch.float32, tolerance=1e-4
     ),
-    "routers of another family, replicas": Case(layout=(1, 2, 2), family="glm4v_moe", model=BALANCE),
+    "routers of another family, replicas": Case(  # the tower interpolates its position embedding in float32
+        layout=(1, 2, 2), plan={"frozen": ("vision",)}, family="glm4v_moe", model=BALANCE
+    ),
     "routers of the last stage alone": Case(
         layout=(1, 2, 1), family="qwen3_vl_moe", model=BALANCE, patch=own_routers, wrong=True
     ),
