@@ -44,7 +44,6 @@ from hf_dflop.integrations.pipeline_scaler import scale_together
 from hf_dflop.integrations.pipeline_state import load_optimizer, save_optimizer
 from hf_dflop.integrations.pipeline_trace import TraceSteps
 from hf_dflop.pipeline import PipelineModel, StepBatch
-from hf_dflop.pipeline.loss import count_label_tokens
 
 __all__ = ["DflopTrainer", "PipelineTrainerMixin"]
 
@@ -265,16 +264,12 @@ class PipelineTrainerMixin:
 
     def _evaluate_call(self, slots: list[StepBatch], total: torch.Tensor, kept: Predictions | None) -> None:
         batch = join_slots(slots, label_tokens=1)
-        result = self.pipe.step(batch, backward=False, keep_logits=kept is not None)
+        result = self.pipe.step(batch, backward=False, mean=True, keep_logits=kept is not None)
         if kept is not None:
             kept.add(batch, result)
         for microbatch, loss in result.losses.items():
-            inputs = batch.text[microbatch]
-            if inputs is None:
-                continue
             samples = len(batch.shape.microbatches[microbatch][self.pipe.place.replica].features)
-            tokens = count_label_tokens(inputs["labels"])
-            total += torch.stack([loss.double() * samples / max(tokens, 1), torch.full_like(loss.double(), samples)])
+            total += torch.stack([loss.double() * samples, torch.full_like(loss.double(), samples)])
 
     # Checkpoints --------------------------------------------------------------------------------------------------
 

@@ -78,7 +78,8 @@ def check_chain(
 
 
 Found = tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]
-"""Gradients, the loss divided by one, the loss divided by two."""
+"""Gradients, the loss divided by one, the loss divided by two: there the share of the routers' balancing loss, too,
+which the model divides by nothing."""
 
 
 def _grads(model: nn.Module, features: torch.Tensor | None) -> dict[str, torch.Tensor]:
@@ -97,9 +98,14 @@ def run_whole(model: Any, text: Mapping[str, Any], features: torch.Tensor | None
         leaf = None if features is None else features.clone().requires_grad_()
         if leaf is not None and forms:
             given["mm_encoder_outputs"] = enter(leaf, forms, model.base_model, text)
-        loss = model(**given, num_items_in_batch=torch.tensor(divisor), return_dict=True).loss
-        loss.backward()
-        losses.append(loss.detach())
+        output = model(**given, num_items_in_batch=torch.tensor(divisor), return_dict=True)
+        aux = getattr(output, "aux_loss", None)
+        balance = torch.zeros(())
+        if isinstance(aux, torch.Tensor) and aux.requires_grad:
+            (factor,) = torch.autograd.grad(output.loss, aux, retain_graph=True, allow_unused=True)
+            balance = balance if factor is None else factor * aux.detach()
+        output.loss.backward()
+        losses.append(output.loss.detach() - (balance / 2 if divisor == 2 else 0))
     found = _grads(model, leaf), losses[1], losses[0]
     model.zero_grad()
     return found

@@ -162,6 +162,7 @@ class PipelineModel(PipelineWeights):
         loss_scale: float | torch.Tensor | None = None,
         order: Order | None = None,
         keep_logits: bool = False,
+        mean: bool = False,
     ) -> StepResult:
         """Run all microbatches of a call; gradients are added to `.grad`.
 
@@ -175,6 +176,8 @@ class PipelineModel(PipelineWeights):
                 Factor on the loss before the backward, the same on all ranks; by default that of `scaler`, or 1.
             order (`Order`, *optional*): the actions of this call, instead of the plan's.
             keep_logits (`bool`, defaults to `False`): return logits.
+            mean (`bool`, defaults to `False`):
+                Divide the loss of each microbatch by its own label tokens, as an evaluation does, not by the step's.
 
         Raises:
             ShapeMismatchError: tensors are not of the shapes that were announced.
@@ -188,7 +191,7 @@ class PipelineModel(PipelineWeights):
         if loss_scale is None:
             one = torch.ones((), device=self.wire.device)
             loss_scale = 1.0 if self.scaler is None or not backward else self.scaler.scale(one)
-        divisor = torch.tensor(max(shape.label_tokens, 1), device=self.wire.device)
+        divisor = None if mean else torch.tensor(max(shape.label_tokens, 1), device=self.wire.device)
         steps: list[StageStep] = []
         for stage in self._stages:
             given = batch.vision if stage.is_vision else batch.text

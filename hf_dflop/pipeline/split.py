@@ -6,11 +6,13 @@
     last LLM stage     its layers, the norm, the head and the loss of the model's own code
 
 So the model's own code builds masks, positions and the loss on every stage, from the same `input_ids`; layers of
-other stages hand hidden states on. No family is known by name.
+other stages hand hidden states on. No family is known by name. Router logits for a balancing loss travel along, see
+`router`.
 
 In: a model, its structure, a plan. Out: one `VisionPart` or `LlmPart` per stage, and the names that a rank can drop.
 """
 
+from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -21,8 +23,9 @@ from torch import nn
 from hf_dflop.errors import ModelError, PlanError
 from hf_dflop.pipeline.encoder import VisionPart, read_stack, vision_ranges
 from hf_dflop.pipeline.kinds import Formats, enter, is_pixels
+from hf_dflop.pipeline.router import LayerRouters, join_logits, read_routers, split_logits
 from hf_dflop.pipeline.shell import Foreign, Inject, Received, shell
-from hf_dflop.pipeline.structure import ROUTER_LOSS, Structure, read_structure
+from hf_dflop.pipeline.structure import Structure, read_structure
 from hf_dflop.plan.plan import Plan
 
 __all__ = ["LlmPart", "VisionPart", "build_part", "foreign_names", "layer_ranges", "owner_stage", "read_cut"]
@@ -31,9 +34,22 @@ __all__ = ["LlmPart", "VisionPart", "build_part", "foreign_names", "layer_ranges
 class LlmPart(nn.Module):
     """One stage of the LLM."""
 
-    def __init__(self, model: nn.Module, structure: Structure, layers: range, *, first: bool, last: bool) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        structure: Structure,
+        layers: range,
+        routers: LayerRouters,
+        *,
+        first: bool,
+        last: bool,
+    ) -> None:
         super().__init__()
         self.first, self.last = first, last
+        self.hidden_size = structure.hidden_size
+        self.routed = any(routers)
+        self.routers = tuple(router for layer in routers[: layers.start] for router in layer)
+        self._logits: tuple[torch.Tensor, ...] = ()  # of earlier layers
         self.received = Received()
         stands: dict[str, nn.Module] = {name: Foreign() for name in structure.encoder}
         originals = model.get_submodule(structure.layers)
@@ -48,6 +64,14 @@ class LlmPart(nn.Module):
             stands |= {name: Foreign() for name in (*structure.after, *structure.head)}
         self.model = shell(model, stands, structure.between)
         self.body = structure.body
+        if last and self.routers:
+            body = self.model.get_submodule(self.body)
+            body._forward_hooks = OrderedDict(body._forward_hooks)  # the copy's own, not those of other stages
+            body.register_forward_hook(self._add_logits)
+
+    def _add_logits(self, body: nn.Module, args: Any, output: Any) -> None:
+        """Give the head the router logits of all layers: it computes the loss from what the body returned."""
+        output.router_logits = (*self._logits, *output.router_logits)
 
     def forward(
         self,
@@ -56,7 +80,8 @@ class LlmPart(nn.Module):
         forms: Formats,
         loss_divisor: torch.Tensor | None,
     ) -> Any:
-        """Hidden states `(rows, length, hidden)`; on the last stage the model's own output, with `loss`.
+        """What is sent, `(rows, length, width)`: hidden states, and router logits beside them. On the last stage the
+        model's own output, with `loss`.
 
         Args:
             inputs (`Mapping`): text inputs of the model, the same on all stages; `labels` on the last.
@@ -71,17 +96,25 @@ class LlmPart(nn.Module):
                 body = self.model.get_submodule(self.body)
                 given["mm_encoder_outputs"] = enter(received, forms, body, inputs)
         else:
-            self.received.value = received
+            assert received is not None
+            self.received.value, self._logits = split_logits(received, self.hidden_size, self.routers)
         try:
             if self.last:
                 result = self.model(**given, num_items_in_batch=loss_divisor, return_dict=True)
-                if getattr(result, "aux_loss", None) is not None:  # asked for after the model was cut
-                    raise ModelError(ROUTER_LOSS)
+                if not self.routed and getattr(result, "aux_loss", None) is not None:
+                    raise ModelError(
+                        "output_router_logits was asked for after the model was cut, and the balancing loss lacks "
+                        "the layers of other stages: set it in the model's text config before."
+                    )
                 return result
             given.pop("labels", None)
-            return self.model.get_submodule(self.body)(**given, return_dict=True).last_hidden_state
+            if self.routed:
+                given["output_router_logits"] = True
+            output = self.model.get_submodule(self.body)(**given, return_dict=True)
+            own = output.router_logits if self.routed else ()
+            return join_logits(output.last_hidden_state, self._logits, own)
         finally:
-            self.received.value = None
+            self.received.value, self._logits = None, ()
 
 
 def layer_ranges(plan: Plan) -> tuple[range, ...]:
@@ -113,13 +146,16 @@ def read_cut(model: nn.Module, plan: Plan) -> Structure:
     return replace(structure, stack=read_stack(model, structure, plan.vision.num_layers))
 
 
-def build_part(model: nn.Module, structure: Structure, plan: Plan, stage: int) -> VisionPart | LlmPart:
-    """The module of a stage, of all stages of the model."""
+def build_part(
+    model: nn.Module, structure: Structure, plan: Plan, stage: int, routers: LayerRouters | None = None
+) -> VisionPart | LlmPart:
+    """The module of a stage, of all stages of the model; `routers` where it runs under autocast."""
     encoders = plan.vision.num_stages
     if stage < encoders:
         return VisionPart(model, structure, None if encoders == 1 else vision_ranges(plan.vision.layers)[stage])
     ranges, at = layer_ranges(plan), stage - encoders
-    return LlmPart(model, structure, ranges[at], first=at == 0, last=at == len(ranges) - 1)
+    routers = read_routers(model, structure) if routers is None else routers
+    return LlmPart(model, structure, ranges[at], routers, first=at == 0, last=at == len(ranges) - 1)
 
 
 def foreign_names(structure: Structure, plan: Plan, stages: Collection[int]) -> tuple[list[str], list[str]]:

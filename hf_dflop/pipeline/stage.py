@@ -33,6 +33,7 @@ from hf_dflop.errors import ShapeMismatchError
 from hf_dflop.pipeline.bridge import Piece
 from hf_dflop.pipeline.encoder import VisionPart
 from hf_dflop.pipeline.kinds import sent_width
+from hf_dflop.pipeline.loss import count_label_tokens
 from hf_dflop.pipeline.recorder import StepRecorder
 from hf_dflop.pipeline.shape import MicrobatchShape
 from hf_dflop.pipeline.split import LlmPart
@@ -130,7 +131,7 @@ class RaggedStage(_PipelineStageBase):
                 return tuple(output.shape)
             return (self.step.routes[microbatch].encoder_rows[self.replica], sent_width(self.step.forms))
         shape = self.shape_of(microbatch)
-        return (shape.rows, shape.length, self.wire.hidden_size)
+        return (shape.rows, shape.length, self.wire.llm_widths[self.stage_index - self.first_llm_stage])
 
     def _input_size(self, microbatch: int) -> tuple[int, ...]:
         if self.is_vision:
@@ -138,7 +139,7 @@ class RaggedStage(_PipelineStageBase):
         shape = self.shape_of(microbatch)
         if self.stage_index == self.first_llm_stage:
             return (shape.num_features, sent_width(self.step.forms))
-        return (shape.rows, shape.length, self.wire.hidden_size)
+        return (shape.rows, shape.length, self.wire.llm_widths[self.stage_index - self.first_llm_stage - 1])
 
     # Peers ------------------------------------------------------------------------------------------------------
 
@@ -292,7 +293,10 @@ class RaggedStage(_PipelineStageBase):
                 return self._sendable(output)
         else:
             self._check_text(microbatch, inputs)
-            result = self.submod(inputs, received, step.forms, step.loss_divisor)
+            divisor = step.loss_divisor
+            if divisor is None and self.is_last:
+                divisor = torch.tensor(max(count_label_tokens(inputs["labels"]), 1), device=self.device)
+            result = self.submod(inputs, received, step.forms, divisor)
             if self.is_last:
                 step.losses[microbatch] = result.loss.detach()
                 if step.keep_logits:

@@ -20,12 +20,7 @@ from torch import nn
 from hf_dflop.errors import ModelError
 from hf_dflop.pipeline.encoder import EncoderStack
 
-__all__ = ["ROUTER_LOSS", "Structure", "read_structure"]
-
-ROUTER_LOSS = (
-    "output_router_logits is set: the balancing loss of the routers sees all layers at once, and a stage only "
-    "its own. Unset it in the text config."
-)
+__all__ = ["Structure", "read_structure"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,8 +104,6 @@ def read_structure(model: nn.Module) -> Structure:
     children = [name for name, _ in decoder.named_children()]
     at = children.index(lists[0])
     weightless = {name for name, child in decoder.named_children() if next(child.parameters(), None) is None}
-    if getattr(text_config, "output_router_logits", False):
-        raise ModelError(ROUTER_LOSS)
     head = model.get_output_embeddings()
     tower = model.get_encoder("image") if hasattr(model, "get_encoder") else None
     return Structure(

@@ -22,11 +22,12 @@ from hf_dflop.pipeline.grads import clip_gradients, same_everywhere, squared_nor
 from hf_dflop.pipeline.groups import new_group
 from hf_dflop.pipeline.handshake import all_try
 from hf_dflop.pipeline.recorder import StepRecorder
+from hf_dflop.pipeline.router import read_routers, sent_widths
 from hf_dflop.pipeline.setup import checkpoint_layers, freeze, is_reentrant
 from hf_dflop.pipeline.shards import Shards
 from hf_dflop.pipeline.shell import drop
 from hf_dflop.pipeline.skeleton import Skeleton, unwrap
-from hf_dflop.pipeline.split import build_part, foreign_names, owner_stage, read_cut
+from hf_dflop.pipeline.split import build_part, foreign_names, layer_ranges, owner_stage, read_cut
 from hf_dflop.pipeline.tensor_rules import tensor_rules
 from hf_dflop.pipeline.topology import Topology
 from hf_dflop.pipeline.wire import Wire
@@ -51,6 +52,9 @@ class PipelineWeights(nn.Module):
         self.skeleton = Skeleton(model)
         model = unwrap(model)
         self.structure = read_cut(model, plan)
+        routers = read_routers(model, self.structure, autocast)
+        if any(routers) and plan.llm.tp > 1:
+            raise PlanError("the balancing loss of routers (output_router_logits) runs with llm.tp=1 only.")
         self._tp_plan = dict(getattr(model, "tp_plan", None) or {})
         rules = tensor_rules(model, self._tp_plan, self.structure, plan)
         freeze(model, self.structure, plan.frozen)
@@ -61,7 +65,7 @@ class PipelineWeights(nn.Module):
         self.wire = Wire(
             dtype=model.get_input_embeddings().weight.dtype,
             device=torch.device("cpu" if device is None else device),
-            hidden_size=self.structure.hidden_size,
+            llm_widths=sent_widths(routers, layer_ranges(plan), self.structure.hidden_size),
             autocast=autocast,
         )
         self._reentrant = is_reentrant(model)
@@ -69,7 +73,7 @@ class PipelineWeights(nn.Module):
         self._earlier: dict[nn.Parameter, torch.Tensor] = {}
         self._recorder: StepRecorder | None = None
         self._trainable_stages = self._trainable(model)
-        self._parts = {stage: build_part(model, self.structure, plan, stage) for stage in self.place.stages}
+        self._parts = {stage: build_part(model, self.structure, plan, stage, routers) for stage in self.place.stages}
         drop(model, *foreign_names(self.structure, plan, self.place.stages))
         self._copies_group = new_group(self.topology.copies())
         self._tensor_group = new_group(self.topology.tensor_groups())

@@ -23,7 +23,8 @@ class Wire:
 
     dtype: torch.dtype
     device: torch.device
-    hidden_size: int
+    llm_widths: tuple[int, ...]
+    """Numbers that each LLM stage sends for a position."""
     autocast: torch.dtype | None = None
 
     def context(self) -> AbstractContextManager[Any]:
@@ -53,6 +54,7 @@ class StageStep:
     """Of each microbatch: vision inputs on stages of the encoder, text inputs on the others."""
     forms: Formats
     loss_divisor: torch.Tensor | None = None
+    """Of all losses; `None`: of each its microbatch's own label tokens."""
     loss_scale: float | torch.Tensor = 1.0
     backward: bool = True
     keep_logits: bool = False

@@ -35,6 +35,7 @@ FAMILIES = {
     "llava_next": tiny.llava_next,
     "llava_granite": tiny.llava,  # scales what it takes for embeddings
     "qwen3_vl_moe": tiny.qwen3_vl,
+    "glm4v_moe": tiny.qwen3_vl,
 }
 
 
@@ -71,6 +72,18 @@ def _config(family: str) -> Any:
             image_token_id=like.image_token_id,
             vision_start_token_id=like.vision_start_token_id,
         )
+    if family == "glm4v_moe":
+        like = families.config_of("qwen3_vl", processor)
+        vision = {"depth": 2, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 16}
+        experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_group": 1}
+        rope = families.MROPE | {"partial_rotary_factor": 1.0}
+        text = {**families.TEXT, "head_dim": 8, "rope_parameters": rope, **experts}
+        return tf.Glm4vMoeConfig(
+            vision_config={**vision, "patch_size": 16, "image_size": 64},
+            text_config=text | {"topk_group": 1, "first_k_dense_replace": 1},
+            image_token_id=like.image_token_id,
+            image_start_token_id=like.vision_start_token_id,
+        )
     return families.config_of(family, processor)
 
 
@@ -84,6 +97,7 @@ def _master(
     encoder: int,
     feature_layers: tuple[int, ...],
     key_heads: int,
+    balance: float,
 ) -> Any:
     import transformers as tf
 
@@ -95,6 +109,8 @@ def _master(
     if feature_layers:
         config.vision_feature_layer = list(feature_layers)
     text = config.get_text_config()
+    if balance:
+        text.output_router_logits, text.router_aux_loss_coef = True, balance
     text.num_hidden_layers = layers
     text.num_key_value_heads = key_heads or text.num_key_value_heads
     if getattr(text, "layer_types", None):
@@ -123,13 +139,14 @@ def model(
     encoder: int = 0,
     feature_layers: tuple[int, ...] = (),
     key_heads: int = 0,
+    balance: float = 0.0,
     adapted: str = "",
     shared: bool = False,
 ) -> Any:
     """A fresh model, the same on every rank; `encoder` layers of the encoder, features of `feature_layers`,
-    `key_heads` heads of keys and values; with LoRA on the modules whose names fit the expression `adapted`; with a
-    weight that the first and the last layer have in common."""
-    built = copy.deepcopy(_master(family, dtype, layers, tied, deepstack, encoder, feature_layers, key_heads))
+    `key_heads` heads of keys and values; `balance` times the routers' balancing loss; with LoRA on the modules whose
+    names fit the expression `adapted`; with a weight that the first and the last layer have in common."""
+    built = copy.deepcopy(_master(family, dtype, layers, tied, deepstack, encoder, feature_layers, key_heads, balance))
     if shared:
         decoder = built.model.language_model.layers
         decoder[-1].mlp.up_proj.weight = decoder[0].mlp.up_proj.weight

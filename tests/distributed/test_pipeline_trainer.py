@@ -13,7 +13,11 @@ SCRIPT = "tests.distributed.scripts.pipeline_trainer"
 
 
 @pytest.mark.parametrize(
-    "cases", [["llava:1,1,2", "lora:1,2,1"], ["qwen2_5_vl:3,1", *(["qwen2_5_vl:2,1,1"] if EVERY_CASE else [])]]
+    "cases",
+    [
+        ["llava:1,1,2", "lora:1,2,1"],
+        ["qwen2_5_vl:3,1", *(["qwen2_5_vl:2,1,1", "qwen3_vl_moe:1,2,1"] if EVERY_CASE else [])],
+    ],
 )
 def test_ten_steps_and_a_stock_checkpoint(folder: Path, cases: list[str]) -> None:
     output = launch(SCRIPT, "train", str(folder), *cases, num_processes=3)

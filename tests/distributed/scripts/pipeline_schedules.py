@@ -16,6 +16,7 @@ import torch
 from hf_dflop.data import PackedCollator
 from hf_dflop.errors import DflopError
 from hf_dflop.pipeline import PipelineModel
+from hf_dflop.pipeline.split import LlmPart
 from hf_dflop.pipeline.stage import RaggedStage
 from hf_dflop.plan import make_order
 from tests.distributed import pipelines as p
@@ -26,6 +27,9 @@ COVERED = (
     "frozen LLM", "checkpointing", "packed", "deepstack", "encoder in stages, tied", "encoder in stages, float32",
     "encoder in stages, checkpointing", "encoder in stages, LLM replicas", "encoder in stages, autocast",
     "frozen LLM, zero bubble", "zero bubble, chunks", "encoder in stages, frozen encoder",
+    "routers", "routers, two stages", "routers, replicas", "routers, checkpointing", "routers, text only",
+    "routers, packed", "routers, autocast", "routers, three stages", "routers of another family",
+    "routers of another family, replicas",
 )  # fmt: skip
 """Cases whose conditions come together in others; run with every case."""
 
@@ -75,7 +79,18 @@ def stock_split() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def own_routers() -> Iterator[None]:
+    """The balancing loss sees the routers of the last stage alone."""
+
+    def keep(self: Any, body: Any, args: Any, output: Any) -> None: ...
+
+    with mock.patch.object(LlmPart, "_add_logits", keep):
+        yield
+
+
 DEEP = {"deepstack": 2}
+BALANCE = {"balance": 0.5}
 FOUR = {"encoder": 4}
 ZB = {"schedule": "zero-bubble"}
 CASES: dict[str, Case] = {
@@ -180,6 +195,38 @@ CASES: dict[str, Case] = {
     ),
     "adapters in the encoder alone": Case(
         layout=(1, 2, 1), plan={"placement": "colocated"}, model={"adapted": r".*(fc1|linear_1)"}
+    ),
+    "routers": Case(layout=(1, 1, 1), family="qwen3_vl_moe", model=BALANCE),
+    "routers, two stages": Case(layout=(1, 2, 1), family="qwen3_vl_moe", model=BALANCE, check=True),
+    "routers, three stages": Case(layout=(1, 3, 1), family="qwen3_vl_moe", model=BALANCE | {"layers": 6}),
+    "routers, replicas": Case(layout=(1, 2, 2), family="qwen3_vl_moe", model=BALANCE),
+    "routers, zero bubble": Case(layout=(1, 3, 1), plan=ZB, family="qwen3_vl_moe", model=BALANCE | {"layers": 6}),
+    "routers, chunks": Case(
+        layout=(1, 2, 1), plan=ZB | {"chunks": 2}, family="qwen3_vl_moe", model=BALANCE | {"tied": True}
+    ),
+    "routers, checkpointing": Case(
+        layout=(1, 2, 1), plan=ZB | {"checkpointing": True}, family="qwen3_vl_moe", model=BALANCE
+    ),
+    "routers, text only": Case(
+        layout=(1, 2, 1), plan=ZB, family="qwen3_vl_moe", model=BALANCE, cells={"text_only": True}
+    ),
+    "routers, packed": Case(layout=(1, 2, 1), family="qwen3_vl_moe", model=BALANCE, packed=True),
+    "routers, autocast": Case(layout=(1, 2, 1), family="qwen3_vl_moe", model=BALANCE, autocast=torch.bfloat16),
+    "routers, float32": Case(
+        layout=(1, 2, 2), family="qwen3_vl_moe", model=BALANCE, dtype=torch.float32, tolerance=1e-4
+    ),
+    "routers of another family": Case(layout=(1, 1, 1), family="glm4v_moe", model=BALANCE),
+    "routers of another family, two stages": Case(
+        layout=(1, 2, 1), plan=ZB, family="glm4v_moe", model=BALANCE, check=True
+    ),
+    "routers of another family, three stages": Case(
+        layout=(1, 3, 1), family="glm4v_moe", model=BALANCE | {"layers": 6}, dtype=torch.float32, tolerance=1e-4
+    ),
+    "routers of another family, replicas": Case(  # the tower interpolates its position embedding in float32
+        layout=(1, 2, 2), plan={"frozen": ("vision",)}, family="glm4v_moe", model=BALANCE
+    ),
+    "routers of the last stage alone": Case(
+        layout=(1, 2, 1), family="qwen3_vl_moe", model=BALANCE, patch=own_routers, wrong=True
     ),
     "a weight of two stages": Case(layout=(1, 2, 1), model={"shared": True}, refused="trained as two"),
     "stock zero bubble": Case(layout=(1, 2, 1), plan=ZB, cells={"text_only": True}, patch=stock_split, wrong=True),

@@ -31,11 +31,12 @@ from hf_dflop.pipeline import PipelineModel
 from hf_dflop.pipeline.skeleton import unwrap
 from hf_dflop.plan import ModulePlan, Plan
 from tests.distributed import chats, pipelines
+from tests.distributed.every_case import EVERY_CASE
 
 STEPS, MICROBATCHES, CALLS, SIZE = 10, 2, 2, 2
 MAX_NORM = 0.5
-LAYERS = {"llava": 2, "lora": 2, "qwen2_5_vl": 3}
-"""Of the LLM of each family; "lora" is LLaVA with adapters."""
+LAYERS = {"llava": 2, "lora": 2, "qwen2_5_vl": 3, **({"qwen3_vl_moe": 3} if EVERY_CASE else {})}
+"""Of the LLM of each family; "lora" is LLaVA with adapters, "qwen3_vl_moe" has the balancing loss of its routers."""
 TOLERANCE = {"float32": 1e-5, "float64": 1e-9}
 HALF: dict[str, Any] = {"fp16": ({STEPS - 1}, 2.0**15), "bf16": ({STEPS}, None)}
 """Steps that the optimizer takes, and the last scale of the loss: it begins with 2^16, and one step overflows."""
@@ -67,9 +68,9 @@ def arguments(folder: Path, replicas: int = 1, **settings: Any) -> TrainingArgum
 
 def ingredients(dtype: torch.dtype, family: str = "llava", *, dropout: float = 0.0) -> tuple[Any, Any, Any]:
     """Model, annotated rows (27: an epoch is four steps, and the last is short), collator."""
-    if family == "qwen2_5_vl":
+    if family.startswith("qwen"):
         processor = pipelines.collator(family).processor
-        built = pipelines.model(family, dtype, layers=LAYERS[family])
+        built = pipelines.model(family, dtype, layers=LAYERS[family], balance=0.5 if family.endswith("moe") else 0.0)
     else:
         processor = chats.chat_processor()
         built = chats.model(processor).to(dtype)
@@ -185,8 +186,8 @@ def make_trainer(
     assert args.device.type == "cpu"  # makes the process group
     built, rows, collator = ingredients(dtype, case.family, dropout=dropout)
     autocast = torch.float16 if args.fp16 else torch.bfloat16 if args.bf16 else None
-    # In half precision a microbatch of other samples rounds otherwise.
-    plan = replace(case.plan(), balance=autocast is None)
+    # In half precision a microbatch of other samples rounds otherwise, and the balancing loss is another.
+    plan = replace(case.plan(), balance=autocast is None and not case.family.endswith("moe"))
     pipe = PipelineModel.from_model(built, plan=plan, autocast=autocast)
     return kind(pipe, args, collator, train_dataset=rows, eval_dataset=rows, **settings)
 
@@ -290,7 +291,8 @@ def check_saved(trainer: DflopTrainer, folder: Path, case: Case) -> None:
         stock_model, _, _ = ingredients(torch.float64)
         loaded = PeftModel.from_pretrained(stock_model, str(folder)).eval()
     else:
-        loaded = type(model).from_pretrained(folder, dtype=torch.float64).eval()
+        eager = {"experts_implementation": "eager"} if case.family.endswith("moe") else {}  # knows float64
+        loaded = type(model).from_pretrained(folder, dtype=torch.float64, **eager).eval()
     state = unwrap(loaded).state_dict()
     assert all(torch.equal(state[name], value) for name, value in trainer.pipe.state_dict().items())
     pipe = trainer.pipe.eval()

@@ -1,4 +1,4 @@
-"""What stages cannot compute is refused, not left out: the routers' balancing loss, videos, adapters in shards."""
+"""What stages cannot compute is refused, not left out: a balancing loss that came late, videos, adapters in shards."""
 
 import pytest
 import torch
@@ -6,6 +6,7 @@ import torch
 from hf_dflop.errors import ModelError, PlanError
 from hf_dflop.pipeline import MicrobatchShape, StepShape, Topology, build_batch
 from hf_dflop.pipeline.kinds import refuse_videos, takes_videos
+from hf_dflop.pipeline.router import read_routers, sent_widths
 from hf_dflop.pipeline.skeleton import unwrap
 from hf_dflop.pipeline.split import build_part
 from hf_dflop.pipeline.structure import read_structure
@@ -14,7 +15,7 @@ from hf_dflop.plan import ModulePlan, Plan
 from tests.distributed import pipelines
 
 
-def test_the_balancing_loss_of_routers_is_refused_before_and_after_the_model_was_cut() -> None:
+def test_a_balancing_loss_that_is_asked_for_after_the_model_was_cut_is_refused() -> None:
     model, plan = pipelines.model("qwen3_vl_moe", torch.float32), pipelines.plan((1, 2, 1))
     last = build_part(model, read_structure(model), plan, 2)
     ids = torch.arange(5)[None] + 10
@@ -26,8 +27,24 @@ def test_the_balancing_loss_of_routers_is_refused_before_and_after_the_model_was
     model.config.text_config.output_router_logits = True
     with pytest.raises(ModelError, match="balancing loss"):
         last(inputs, hidden, None, torch.tensor(4))
-    with pytest.raises(ModelError, match="balancing loss"):
-        read_structure(model)
+
+
+def test_routers_are_read_from_the_layers_and_refused_where_their_loss_would_differ() -> None:
+    model = pipelines.model("qwen3_vl_moe", torch.float32)
+    assert not any(read_routers(model, read_structure(model)))
+    model = pipelines.model("qwen3_vl_moe", torch.float32, balance=0.5)
+    routers = read_routers(model, read_structure(model))
+    assert [[router.width for router in layer] for layer in routers] == [[4], [], [4], [4]]
+    assert sent_widths(routers, (range(1), range(1, 3), range(3, 4)), 16) == (20, 24, 28)
+    glm = pipelines.model("glm4v_moe", torch.float32, balance=0.5)
+    assert [len(layer) for layer in read_routers(glm, read_structure(glm))] == [0, 1, 1, 1]
+    glm.to(torch.bfloat16)
+    with pytest.raises(ModelError, match=r"give torch\.float32, and its stages send torch\.bfloat16"):
+        read_routers(glm, read_structure(glm))
+    llava = pipelines.model("llava", torch.float32)
+    llava.config.text_config.output_router_logits = True
+    with pytest.raises(ModelError, match="computes no balancing loss"):
+        read_routers(llava, read_structure(llava))
 
 
 @pytest.mark.parametrize("key", ["pixel_values_videos", "video_grid_thw"])
