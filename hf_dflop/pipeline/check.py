@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from hf_dflop.errors import ModelError
+from hf_dflop.pipeline._compat import call_with_features
 from hf_dflop.pipeline.features import FeatureFormat, unflatten
 from hf_dflop.pipeline.small_llm import small_copy, small_features, small_inputs
 from hf_dflop.pipeline.split import LlmPart, build_part
@@ -97,7 +98,9 @@ def run_whole(model: Any, text: Mapping[str, Any], features: torch.Tensor | None
         leaf = None if features is None else features.clone().requires_grad_()
         if leaf is not None and form is not None:
             given["mm_encoder_outputs"] = {"image": unflatten(leaf, form)}
-        loss = model(**given, num_items_in_batch=torch.tensor(divisor), return_dict=True).loss
+        loss = call_with_features(
+            model, model.base_model, **given, num_items_in_batch=torch.tensor(divisor), return_dict=True
+        ).loss
         loss.backward()
         losses.append(loss.detach())
     found = _grads(model, leaf), losses[1], losses[0]

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from hf_dflop.errors import ModelError, PlanError
+from hf_dflop.pipeline._compat import call_with_features
 from hf_dflop.pipeline.encoder import VisionPart, read_stack, vision_ranges
 from hf_dflop.pipeline.features import FeatureFormat, unflatten
 from hf_dflop.pipeline.shell import Foreign, Inject, Received, shell
@@ -64,6 +65,7 @@ class LlmPart(nn.Module):
             form (`FeatureFormat`, *optional*): format of the features.
             loss_divisor (`torch.Tensor`, *optional*): label tokens of the optimizer step, on the last stage.
         """
+        body = self.model.get_submodule(self.body)
         # A cache is of no use here, and it would turn the detection of joined samples off.
         given = {"use_cache": False} | {key: value for key, value in inputs.items() if not is_pixels(key)}
         if self.first:
@@ -73,12 +75,14 @@ class LlmPart(nn.Module):
             self.received.value = received
         try:
             if self.last:
-                result = self.model(**given, num_items_in_batch=loss_divisor, return_dict=True)
+                result = call_with_features(
+                    self.model, body, **given, num_items_in_batch=loss_divisor, return_dict=True
+                )
                 if getattr(result, "aux_loss", None) is not None:  # asked for after the model was cut
                     raise ModelError(ROUTER_LOSS)
                 return result
             given.pop("labels", None)
-            return self.model.get_submodule(self.body)(**given, return_dict=True).last_hidden_state
+            return call_with_features(body, body, **given, return_dict=True).last_hidden_state
         finally:
             self.received.value = None
 

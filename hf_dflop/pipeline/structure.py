@@ -10,14 +10,13 @@ Assumptions: the decoder is a part of the body, its layers stand in one `ModuleL
 `num_hidden_layers`, and its children are registered in the order in which they run. The start-up check tries it out.
 """
 
-import inspect
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
 from hf_dflop.errors import ModelError
+from hf_dflop.pipeline._compat import encoder_inputs, takes_features
 from hf_dflop.pipeline.encoder import EncoderStack
 
 __all__ = ["ROUTER_LOSS", "Structure", "read_structure"]
@@ -80,10 +79,10 @@ def read_structure(model: nn.Module) -> Structure:
             f"{type(body).__name__} has no get_image_features, by which its encoder is run; it is not a "
             "vision-language model, or your transformers is too old."
         )
-    if "mm_encoder_outputs" not in inspect.signature(type(body).forward).parameters:
+    if not takes_features(body):
         raise ModelError(
-            f"{type(body).__name__} does not take mm_encoder_outputs, by which features from another rank enter it; "
-            "upgrade transformers (to 5.18 at least), or use a plan without a pipeline."
+            f"{type(body).__name__} takes neither mm_encoder_outputs nor pixel_values, by which features from another "
+            "rank enter it; upgrade transformers, or use a plan without a pipeline."
         )
     decoder = body.get_decoder()
     body_name, decoder_name = names[id(body)], names.get(id(decoder), "")
@@ -123,7 +122,7 @@ def read_structure(model: nn.Module) -> Structure:
         head=tuple(name for name, _ in model.named_children() if name != body_name.split(".")[0]),
         encoder=_encoder(model, body_name, decoder_name),
         tower=None if tower is None or tower is model else names.get(id(tower)),
-        vision_keys=_inputs(body.get_image_features),
+        vision_keys=encoder_inputs(body),
         tied=head is not None and head.weight is model.get_input_embeddings().weight,
     )
 
@@ -134,12 +133,6 @@ def _encoder(model: nn.Module, body: str, decoder: str) -> tuple[str, ...]:
         found += [f"{at}.{name}" for name, _ in model.get_submodule(at).named_children() if name != step]
         at = f"{at}.{step}"
     return tuple(found)
-
-
-def _inputs(function: Any) -> tuple[str, ...]:
-    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    parameters = inspect.signature(function).parameters.values()
-    return tuple(p.name for p in parameters if p.kind in kinds and not p.name.startswith("vision_feature"))
 
 
 def is_pixels(key: str) -> bool:
