@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from hf_dflop.errors import ModelError
+from hf_dflop.pipeline._compat import call_with_features
 from hf_dflop.pipeline.kinds import Formats, enter
 from hf_dflop.pipeline.small_llm import small_copy, small_features, small_inputs
 from hf_dflop.pipeline.split import LlmPart, build_part
@@ -98,7 +99,9 @@ def run_whole(model: Any, text: Mapping[str, Any], features: torch.Tensor | None
         leaf = None if features is None else features.clone().requires_grad_()
         if leaf is not None and forms:
             given["mm_encoder_outputs"] = enter(leaf, forms, model.base_model, text)
-        output = model(**given, num_items_in_batch=torch.tensor(divisor), return_dict=True)
+        output = call_with_features(
+            model, model.base_model, **given, num_items_in_batch=torch.tensor(divisor), return_dict=True
+        )
         aux = getattr(output, "aux_loss", None)
         balance = torch.zeros(())
         if isinstance(aux, torch.Tensor) and aux.requires_grad:

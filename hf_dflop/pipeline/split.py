@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from hf_dflop.errors import ModelError, PlanError
+from hf_dflop.pipeline._compat import call_with_features
 from hf_dflop.pipeline.encoder import VisionPart, read_stack, vision_ranges
 from hf_dflop.pipeline.kinds import Formats, enter, is_pixels
 from hf_dflop.pipeline.router import LayerRouters, join_logits, read_routers, split_logits
@@ -89,18 +90,20 @@ class LlmPart(nn.Module):
             forms (`Mapping`): kind -> format of the features; empty before any came.
             loss_divisor (`torch.Tensor`, *optional*): label tokens of the optimizer step, on the last stage.
         """
+        body = self.model.get_submodule(self.body)
         # A cache is of no use here, and it would turn the detection of joined samples off.
         given = {"use_cache": False} | {key: value for key, value in inputs.items() if not is_pixels(key)}
         if self.first:
             if received is not None and forms:
-                body = self.model.get_submodule(self.body)
                 given["mm_encoder_outputs"] = enter(received, forms, body, inputs)
         else:
             assert received is not None
             self.received.value, self._logits = split_logits(received, self.hidden_size, self.routers)
         try:
             if self.last:
-                result = self.model(**given, num_items_in_batch=loss_divisor, return_dict=True)
+                result = call_with_features(
+                    self.model, body, **given, num_items_in_batch=loss_divisor, return_dict=True
+                )
                 if not self.routed and getattr(result, "aux_loss", None) is not None:
                     raise ModelError(
                         "output_router_logits was asked for after the model was cut, and the balancing loss lacks "
@@ -110,7 +113,7 @@ class LlmPart(nn.Module):
             given.pop("labels", None)
             if self.routed:
                 given["output_router_logits"] = True
-            output = self.model.get_submodule(self.body)(**given, return_dict=True)
+            output = call_with_features(body, body, **given, return_dict=True)
             own = output.router_logits if self.routed else ()
             return join_logits(output.last_hidden_state, self._logits, own)
         finally:

@@ -10,14 +10,13 @@ Assumptions: the decoder is a part of the body, its layers stand in one `ModuleL
 `num_hidden_layers`, and its children are registered in the order in which they run. The start-up check tries it out.
 """
 
-import inspect
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
 from hf_dflop.errors import ModelError
+from hf_dflop.pipeline._compat import encoder_inputs, takes_features
 from hf_dflop.pipeline.encoder import EncoderStack
 
 __all__ = ["Structure", "read_structure"]
@@ -77,10 +76,10 @@ def read_structure(model: nn.Module) -> Structure:
             f"{type(body).__name__} has no get_image_features, by which its encoder is run; it is not a "
             "vision-language model, or your transformers is too old."
         )
-    if "mm_encoder_outputs" not in inspect.signature(type(body).forward).parameters:
+    if not takes_features(body):
         raise ModelError(
-            f"{type(body).__name__} does not take mm_encoder_outputs, by which features from another rank enter it; "
-            "upgrade transformers (to 5.18 at least), or use a plan without a pipeline."
+            f"{type(body).__name__} takes neither mm_encoder_outputs nor pixel_values, by which features from another "
+            "rank enter it; upgrade transformers, or use a plan without a pipeline."
         )
     decoder = body.get_decoder()
     body_name, decoder_name = names[id(body)], names.get(id(decoder), "")
@@ -118,7 +117,7 @@ def read_structure(model: nn.Module) -> Structure:
         head=tuple(name for name, _ in model.named_children() if name != body_name.split(".")[0]),
         encoder=_encoder(model, body_name, decoder_name),
         tower=None if tower is None or tower is model else names.get(id(tower)),
-        vision_keys=_inputs(body.get_image_features),
+        vision_keys=encoder_inputs(body),
         video_keys=_inputs(body.get_video_features) if hasattr(body, "get_video_features") else (),
         tied=head is not None and head.weight is model.get_input_embeddings().weight,
     )

@@ -335,6 +335,10 @@ def keep_float64() -> None:
     """
     stock = torch.Tensor.float
     torch.Tensor.float = lambda self, *a, **k: self if self.dtype == torch.float64 else stock(self, *a, **k)
+    product = torch.Tensor.__matmul__  # of float64 frequencies and float32 positions, before transformers 5.18
+    torch.Tensor.__matmul__ = lambda self, other: product(
+        *((self, other) if self.dtype == other.dtype else (self.double(), other.double()))
+    )
 
 
 class Worlds:
