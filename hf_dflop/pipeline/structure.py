@@ -10,7 +10,9 @@ Assumptions: the decoder is a part of the body, its layers stand in one `ModuleL
 `num_hidden_layers`, and its children are registered in the order in which they run. The start-up check tries it out.
 """
 
+import inspect
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
