@@ -48,6 +48,9 @@ class PartMemory:
     extra_per_token_bytes: float = 0.0
     """Needed beside that while the microbatch is in its backward: gradients of activations, recomputation."""
     extra_per_pair_bytes: float = 0.0
+    put_off_per_token_bytes: float = 0.0
+    """Held beside what is kept, from the input's part of a split backward to the weights' part: gradients of what
+    trained matrices and norms gave."""
 
     def __post_init__(self) -> None:
         for name in self.__slots__:
@@ -77,7 +80,9 @@ def _layer(spec: TransformerSpec, size: int, state: PartState, *, tp: int, dense
     working = max((3 if spec.gated_mlp else 2) * width, 2 * (queries + keys)) * size + 2 * hidden * max(size, 4)
     if state == "frozen":
         return PartMemory(extra_per_token_bytes=working, extra_per_pair_bytes=scores)
+    put_off = (queries + 2 * keys + (2 if spec.gated_mlp else 1) * width + 4 * hidden) * size
     return PartMemory(
+        put_off_per_token_bytes=put_off if state == "trained" else 0.0,
         kept_per_token_bytes=kept,
         kept_per_pair_bytes=scores,
         extra_per_token_bytes=working,
@@ -91,6 +96,7 @@ def _checkpointed(layer: PartMemory, spec: TransformerSpec, size: int) -> PartMe
         kept_per_token_bytes=float(spec.hidden * size),
         extra_per_token_bytes=layer.kept_per_token_bytes + layer.extra_per_token_bytes,
         extra_per_pair_bytes=layer.kept_per_pair_bytes + layer.extra_per_pair_bytes,
+        put_off_per_token_bytes=layer.put_off_per_token_bytes,
     )
 
 
@@ -140,7 +146,10 @@ def activation_memory(
 
     hidden, vocab = spec.llm.hidden, spec.llm.vocab / tp
     if states["llm_fixed"] != "frozen":
-        parts["llm_fixed"] = PartMemory(kept_per_token_bytes=float(hidden * (4 + 2 * size)))
+        parts["llm_fixed"] = PartMemory(
+            kept_per_token_bytes=float(hidden * (4 + 2 * size)),
+            put_off_per_token_bytes=float(hidden * size) if states["llm_fixed"] == "trained" else 0.0,
+        )
     logits = vocab * size  # the model's output, alive until the backward has run
     upcast = 0.0 if size >= 4 else vocab * 4.0
     if states["llm_head"] == "frozen":
@@ -149,5 +158,7 @@ def activation_memory(
         parts["llm_head"] = PartMemory(
             kept_per_token_bytes=logits + vocab * max(size, 4),
             extra_per_token_bytes=vocab * max(size, 4) + max(upcast and logits, 0.0),
+            # Of its norm. The gradient of the logits takes the place of log-probabilities, which are freed.
+            put_off_per_token_bytes=float(hidden * size) if states["llm_head"] == "trained" else 0.0,
         )
     return parts

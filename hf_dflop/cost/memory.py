@@ -215,6 +215,13 @@ class StageMemory:
             + self.llm.kept_per_pair_bytes * counts.llm_pairs
         )
 
+    def put_off_bytes(self, counts: MicrobatchCounts) -> Any:
+        """Bytes that microbatches hold beside between the two parts of a split backward, elementwise."""
+        return (
+            self.vision.put_off_per_token_bytes * counts.vision_tokens
+            + self.llm.put_off_per_token_bytes * counts.llm_tokens
+        )
+
     def extra_bytes(self, counts: MicrobatchCounts) -> Any:
         """Bytes needed beside what is kept while a microbatch computes, elementwise; encoder and LLM do not compute
         at the same time."""
@@ -245,6 +252,7 @@ def _sum(parts: Iterable[tuple[int, PartMemory]]) -> PartMemory:
         kept_per_pair_bytes=sum(copies * part.kept_per_pair_bytes for copies, part in held),
         extra_per_token_bytes=max((part.extra_per_token_bytes for _, part in held), default=0.0),
         extra_per_pair_bytes=max((part.extra_per_pair_bytes for _, part in held), default=0.0),
+        put_off_per_token_bytes=sum(copies * part.put_off_per_token_bytes for copies, part in held),
     )
 
 
@@ -266,17 +274,16 @@ def _activations(
         )
         if known is not None:
             measured.add(part)
-        found[part] = (
-            known
-            or activation_memory(
-                spec,
-                states,
-                dtype=settings.dtype,
-                checkpointing=again,
-                dense_attention=settings.dense_attention,
-                tp=degree,
-            )[part]
-        )
+        made = activation_memory(
+            spec,
+            states,
+            dtype=settings.dtype,
+            checkpointing=again,
+            dense_attention=settings.dense_attention,
+            tp=degree,
+        )[part]
+        # A backward is split by pipelines alone, and never measured.
+        found[part] = made if known is None else replace(known, put_off_per_token_bytes=made.put_off_per_token_bytes)
     read = 1.0 - spec.unread_vision_layers / spec.vision.num_layers
     layer = found["vision_layer"]
     found["vision_layer"] = replace(

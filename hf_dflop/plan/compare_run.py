@@ -335,7 +335,9 @@ def _play(
         calibration=calibration,
         by_pipeline=bool(run.actions),
     )
-    return simulate_order(_order(plan, run), durations, activation_bytes=run.memory.kept)
+    return simulate_order(
+        _order(plan, run), durations, activation_bytes=run.memory.kept, put_off_bytes=run.memory.put_off
+    )
 
 
 def _order(plan: Plan, run: _Run) -> Order:

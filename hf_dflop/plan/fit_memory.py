@@ -94,6 +94,18 @@ def in_flight(order: CompiledOrder) -> npt.NDArray[np.int64]:
     return found
 
 
+@lru_cache(maxsize=128)
+def put_off(order: CompiledOrder) -> npt.NDArray[np.int64]:
+    """Most microbatches of each stage between the two parts of their backward, `(num_stages,)`; none of the first
+    stage, which has no input to split by."""
+    first, last = KIND_CODE[Kind.BACKWARD_INPUT], KIND_CODE[Kind.BACKWARD_WEIGHT]
+    found = np.zeros(order.stage_rank.size, dtype=np.int64)
+    for stage in range(max(order.first_backward, 1), order.stage_rank.size):
+        kinds = order.kind[order.stage == stage]
+        found[stage] = np.cumsum(np.where(kinds == first, 1, np.where(kinds == last, -1, 0))).max()
+    return found
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class RankMemories:
     """What `rank_bytes` needs of the layers of each pipeline rank, `(num_pipeline_ranks,)` each, in bytes."""
@@ -103,6 +115,8 @@ class RankMemories:
     """`(2, num_pipeline_ranks)`: per encoder position, per LLM token, from forward to backward."""
     extra: npt.NDArray[np.float64]
     """The same, while a microbatch computes."""
+    put_off: npt.NDArray[np.float64]
+    """The same, between the two parts of a split backward."""
     optimizer_traffic: float
     """That the optimizer reads and writes, on the rank that holds most."""
 
@@ -126,6 +140,7 @@ def rank_memories(
         np.array([one.static_bytes for one in held]),
         np.array([[getattr(one, name).kept_per_token_bytes for one in held] for name in ("vision", "llm")]),
         np.array([[getattr(one, name).extra_per_token_bytes for one in held] for name in ("vision", "llm")]),
+        np.array([[getattr(one, name).put_off_per_token_bytes for one in held] for name in ("vision", "llm")]),
         max(2 * one.optimizer_bytes + 2 * one.parameters_bytes + one.gradients_bytes for one in held),
     )
 
@@ -160,6 +175,7 @@ def rank_bytes(
         ]
     ranks = np.array(stage_rank)
     flying = np.minimum(in_flight(order), plan.num_microbatches) - 1
+    waiting = np.minimum(put_off(order), plan.num_microbatches)
     num_ranks, num_vision = held.static.size, plan.vision.num_stages
     most = np.zeros(num_ranks)
     modules = (slice(0, num_vision), slice(num_vision, None))
@@ -169,6 +185,10 @@ def rank_bytes(
         for module, own in enumerate(modules):
             # layers of a rank's stages are alike: kept bytes go with each stage's share of them
             count = np.bincount(ranks[own], sums[module][flying[own]], num_ranks) / np.maximum(numbers[module], 1)
+            if waiting[own].any():
+                beside = np.where(waiting[own] > 0, sums[module][np.maximum(waiting[own] - 1, 0)], 0.0)
+                split = np.bincount(ranks[own], beside, num_ranks) / np.maximum(numbers[module], 1)
+                total += held.put_off[module] * split
             total += held.kept[module] * count + held.extra[module] * sums[module][0] * (numbers[module] > 0)
         np.maximum(most, total, out=most)
     return tuple(most.tolist())

@@ -37,7 +37,13 @@ CODE = {kind: code for code, kind in enumerate(Kind)}
 FloatArray = npt.NDArray[np.float64]
 
 
-def simulate_order(order: Order, durations: Durations, *, activation_bytes: Sequence[Any] | None = None) -> Timeline:
+def simulate_order(
+    order: Order,
+    durations: Durations,
+    *,
+    activation_bytes: Sequence[Any] | None = None,
+    put_off_bytes: Sequence[Any] | None = None,
+) -> Timeline:
     """Play one step.
 
     Args:
@@ -46,6 +52,7 @@ def simulate_order(order: Order, durations: Durations, *, activation_bytes: Sequ
         activation_bytes (*optional*):
             One entry per stage, a number or `(num_replicas, num_microbatches)`: what a microbatch holds between its
             forward and its backward.
+        put_off_bytes (*optional*): the same, beside it between the two parts of a split backward.
 
     Returns:
         `Timeline`.
@@ -88,7 +95,7 @@ def simulate_order(order: Order, durations: Durations, *, activation_bytes: Sequ
         busy_s=busy,
         idle_s=_idle(compiled, durations, lines, step_s, busy),
         peak_in_flight=_microbatches_in_flight(order, lines),
-        peak_bytes=None if held is None else most_in_flight(order, held),
+        peak_bytes=None if held is None else most_in_flight(order, held, _held(durations, put_off_bytes)),
         num_stages=durations.num_stages,
         num_microbatches=durations.num_microbatches,
     )
@@ -201,12 +208,13 @@ def _reduce(
     return ends
 
 
-def most_in_flight(order: Order, held: Sequence[Any]) -> FloatArray:
+def most_in_flight(order: Order, held: Sequence[Any], put_off: Sequence[Any] | None = None) -> FloatArray:
     """The most of `held` on each line at once, `(num_lines,)`: it needs no seconds, since a rank's order is fixed.
 
     Args:
         order (`Order`): pipeline rank -> actions.
         held: one entry per stage, `(num_replicas, num_microbatches)`.
+        put_off (*optional*): the same, held beside between the two parts of a split backward.
     """
     rows = [np.atleast_2d(np.asarray(given, dtype=np.float64)) for given in held]
     most = []
@@ -216,12 +224,16 @@ def most_in_flight(order: Order, held: Sequence[Any]) -> FloatArray:
         peak = total.copy()
         for action in actions:
             here = rows[action.stage][:, action.microbatch]
+            beside = 0.0 if put_off is None else put_off[action.stage][:, action.microbatch]
             if action.kind is Kind.FORWARD:
                 np.maximum(peak, total + here, out=peak)
                 if action.stage in trained:
                     total += here
-            elif action.kind is not Kind.BACKWARD_INPUT:
-                total -= here
+            elif action.kind is Kind.BACKWARD_INPUT:
+                total += beside
+                np.maximum(peak, total, out=peak)
+            else:
+                total -= here + (beside if action.kind is Kind.BACKWARD_WEIGHT else 0.0)
         most.append(peak)
     return np.concatenate(most)
 

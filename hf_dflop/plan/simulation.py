@@ -214,7 +214,9 @@ def simulate(
         )
         planning_s.append(time.perf_counter() - begin)
         held = step_memory(plan, cost.spec, samples, planned.groups, memory)
-        timeline = simulate_order(planned.order, planned.durations, activation_bytes=held.kept)
+        timeline = simulate_order(
+            planned.order, planned.durations, activation_bytes=held.kept, put_off_bytes=held.put_off
+        )
         timelines.append(timeline)
         peaks.append(held.peak_bytes(timeline))
         tokens.append(most_in_flight(planned.order, stage_tokens(plan, planned.llm_tokens, planned.image_tokens)))

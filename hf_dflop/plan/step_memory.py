@@ -1,7 +1,7 @@
 """Bytes of each line of a step: what its parts always take, and what microbatches in flight hold.
 
 In: a plan, a model's spec, formats (`MemorySettings`), the samples of each microbatch. Out: a `StepMemory`, whose
-`kept` is the `activation_bytes` of `simulate_order`.
+`kept` and `put_off` are the `activation_bytes` and `put_off_bytes` of `simulate_order`.
 
 Assumptions: those of `hf_dflop.cost.memory` (no fragmentation, context or communication buffers: leave a reserve); an
 encoder's replica holds an even share of a microbatch's images.
@@ -36,12 +36,14 @@ class StepMemory:
     """One per stage, `(num_replicas, num_microbatches)`: held from forward to backward."""
     extra: list[FloatArray]
     """The same: needed beside, while the microbatch computes."""
+    put_off: list[FloatArray]
+    """The same: held beside between the two parts of a split backward."""
     static: FloatArray
     """`(num_stages,)`: parameters, gradients, optimizer, gathered layers."""
     stage_rank: tuple[int, ...]
 
     def peak_bytes(self, timeline: Timeline) -> FloatArray:
-        """`(num_lines,)`: the most that each line holds, of a timeline that was simulated with `kept`."""
+        """`(num_lines,)`: the most that each line holds, of a timeline simulated with `kept` and `put_off`."""
         assert timeline.peak_bytes is not None
         peaks = timeline.peak_bytes.copy()
         for i, (rank, replica) in enumerate(timeline.lines):
@@ -87,7 +89,7 @@ def step_memory(
     counts = MicrobatchCounts.of(spec, shapes, flat, padded=plan.padded)
     table = np.array([counts.vision_tokens, counts.vision_pairs, counts.llm_tokens, counts.llm_pairs])
     table = table.reshape(4, plan.llm.dp, plan.num_microbatches)
-    kept, extra, static = [], [], []
+    kept, extra, put_off, static = [], [], [], []
     for stage, held in enumerate(parts):
         memory = stage_memory(whole, held, used, vision_tp=plan.vision.tp, llm_tp=plan.llm.tp)
         own: Any = table
@@ -96,5 +98,9 @@ def step_memory(
         here = MicrobatchCounts(vision_tokens=own[0], vision_pairs=own[1], llm_tokens=own[2], llm_pairs=own[3])
         kept.append(np.asarray(memory.kept_bytes(here), dtype=np.float64))
         extra.append(np.asarray(memory.extra_bytes(here), dtype=np.float64))
+        waits = np.asarray(memory.put_off_bytes(here), dtype=np.float64)
+        put_off.append(waits if stage else np.zeros_like(waits))  # without an input, no backward is split
         static.append(memory.static_bytes)
-    return StepMemory(kept=kept, extra=extra, static=np.array(static), stage_rank=plan_stage_ranks(plan))
+    return StepMemory(
+        kept=kept, extra=extra, put_off=put_off, static=np.array(static), stage_rank=plan_stage_ranks(plan)
+    )

@@ -1,8 +1,8 @@
 """Bytes that each rank holds at most in a step, against what the planner foresees. Arguments: names of cases.
 
 Counted are parameters, optimizer state, and all that operators make while a step runs: activations, gradients,
-buffers of what is received and sent. Zero bubble is not among the cases: torch's split backward keeps gradients of
-activations from one part to the other, which the planner does not foresee.
+buffers of what is received and sent. With zero bubble, torch's split backward also keeps gradients of activations
+from one part to the other.
 """
 
 import sys
@@ -30,6 +30,14 @@ CASES: dict[str, dict[str, Any]] = {
     "encoder x 2 | LLM": {"vision": ModulePlan(layers=(4,), dp=2)},
     "encoder | encoder | LLM": {"vision": ModulePlan(layers=(2, 2))},
     "colocated": {"llm": ModulePlan(layers=(2, 1, 1)), "placement": "colocated"},
+    "encoder | LLM | LLM, zero bubble": {"llm": ModulePlan(layers=(2, 2)), "schedule": "zero-bubble"},
+    "encoder | LLM x 2, zero bubble": {"llm": ModulePlan(layers=(4,), dp=2), "schedule": "zero-bubble"},
+    "encoder | encoder | LLM, zero bubble": {"vision": ModulePlan(layers=(2, 2)), "schedule": "zero-bubble"},
+    "colocated, zero bubble": {
+        "llm": ModulePlan(layers=(2, 1, 1)),
+        "placement": "colocated",
+        "schedule": "zero-bubble",
+    },
 }
 
 
@@ -66,7 +74,9 @@ def foreseen(pipe: PipelineModel, shapes: Any, groups: list[list[list[int]]]) ->
     memory = step_memory(plan, spec, shapes, groups, MemorySettings(dtype="float32"))
     seconds = [[[1.0] * plan.num_microbatches] * pipe.topology.replicas(s) for s in range(pipe.topology.num_stages)]
     order = pipe.order_for(plan.num_microbatches)
-    timeline = simulate_order(order, Durations.of(seconds, seconds), activation_bytes=memory.kept)
+    timeline = simulate_order(
+        order, Durations.of(seconds, seconds), activation_bytes=memory.kept, put_off_bytes=memory.put_off
+    )
     peaks = dict(zip(timeline.lines, memory.peak_bytes(timeline), strict=True))
     return float(peaks[pipe.place.column, pipe.place.replica])
 

@@ -5,6 +5,10 @@ import pytest
 
 from hf_dflop.cost.memory import MemorySettings, StageLayers, stage_memory
 from hf_dflop.plan import ModulePlan, plan_step, simulate_order
+from hf_dflop.plan.compiled import compile_schedule
+from hf_dflop.plan.fit_memory import put_off
+from hf_dflop.plan.orders import make_order
+from hf_dflop.plan.simulate import most_in_flight
 from hf_dflop.plan.stage_parts import stage_parameters
 from hf_dflop.plan.step_memory import step_memory
 from tests.unit.plan import example
@@ -39,3 +43,15 @@ def test_peak_of_a_pipeline() -> None:
     less = step_memory(checkpointed, example.spec(), data, step.groups)
     assert (less.kept[1] < memory.kept[1]).all()
     assert np.isfinite(less.static).all()
+
+
+def test_zero_bubble_holds_gradients_between_the_parts_of_a_backward() -> None:
+    order = make_order("zero-bubble", stage_rank=(0, 1, 2), num_microbatches=6)
+    held = [np.ones((1, 6))] * 3
+    plain, split = most_in_flight(order, held), most_in_flight(order, held, [np.full((1, 6), 0.5)] * 3)
+    assert (split > plain).all()
+    waiting = put_off(compile_schedule("zero-bubble", (0, 1, 2), 6))
+    assert (split <= plain + 0.5 * np.maximum(waiting, [6, 0, 0])).all()  # at the same time at the worst
+    assert waiting[0] == 0  # nothing enters the first stage: its backward is not split
+    assert waiting[1:].min() >= 1
+    assert not put_off(compile_schedule("1f1b", (0, 1, 2), 6)).any()
