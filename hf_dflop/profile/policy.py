@@ -64,6 +64,7 @@ def record_of(policy: Policy, layout: Layout) -> dict[str, Any]:
         "layout_columns": None if layout.function else list(layout.columns or ()),
         "layout_function": _function_hash(layout),
         "image_column": layout.image_column,
+        "audio_column": layout.audio_column,
     }
     return dict(json.loads(json.dumps(record)))  # as it is read back from the dataset: tuples are lists
 

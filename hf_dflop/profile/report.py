@@ -187,7 +187,7 @@ class DatasetProfile:
         shapes = subset = None
         if (samples := path.with_name("shapes.npz")).is_file():
             with np.load(samples, allow_pickle=False) as file:
-                shapes = Shapes.from_columns({name: file[name] for name in SHAPE_COLUMNS})
+                shapes = Shapes.from_columns({name: file[name] for name in SHAPE_COLUMNS if name in file})
                 subset = file.get("subset")
         errors = tuple(RowError(**error) for error in read.pop("errors", ()))
         spec = read.pop("spec", None)
