@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from hf_dflop.errors import DatasetError, DflopError, ProcessorError
+from hf_dflop.errors import DatasetError, ProcessorError
 from hf_dflop.profile.image_count import fold, unfold
 from hf_dflop.rows.audio import AudioInfo
 from hf_dflop.rows.render import audio_extractor, audio_token
@@ -71,6 +71,7 @@ class AudioCounter:
         self.sampling_rate = int(getattr(extractor, "sampling_rate", 0))
         self._window = _window(config)
         self._fixed: bool | None = None
+        self._tried: dict[int, str] = {}
         self._lengths: list[int] = []
         self._counts: dict[int, AudioCount] = {}
 
@@ -81,8 +82,7 @@ class AudioCounter:
             DatasetError: the processor refuses a sound of this length.
             ProcessorError: sounds of this processor cannot be counted.
         """
-        if not self.sampling_rate:
-            raise self._unknown("tells no sampling rate")
+        self._check(len(infos))
         return [self._of(info.resampled(self.sampling_rate)) for info in infos]
 
     def chunks_of(self, output: Mapping[str, Any]) -> list[int]:
@@ -101,6 +101,24 @@ class AudioCounter:
         if self._window:
             return [min(self._window, n - i) for n in valid for i in range(0, n, self._window)]
         return [length] * len(valid) if self._is_fixed() else valid
+
+    def _check(self, num_sounds: int) -> None:
+        """Whether the processor can be run on silence at all, and on several sounds of one row."""
+        if not self.sampling_rate:
+            raise self._unknown("tells no sampling rate")
+        for number in (1, 2):
+            if number > num_sounds:
+                break
+            if number not in self._tried:
+                try:
+                    output = self._called(self.sampling_rate, number)
+                    self._tried[number] = "" if self.chunks_of(output) else "gives no frames of features"
+                except (ProcessorError, DatasetError) as error:
+                    self._tried[number] = f"fails on {number} s of silence ({error})"
+        if self._tried.get(1):
+            raise self._unknown(self._tried[1])
+        if num_sounds > 1 and self._tried[2]:
+            raise DatasetError(f"{num_sounds} sounds in one row: {type(self.processor).__name__} {self._tried[2]}")
 
     def _is_fixed(self) -> bool:
         if self._fixed is None:
@@ -126,10 +144,10 @@ class AudioCounter:
         replacement, output = self._run(length)
         chunks = self.chunks_of(output)
         feature = self.token.feature
-        if feature not in replacement or not chunks:
+        if feature not in replacement:
             raise DatasetError(
-                f"{type(self.processor).__name__} makes {len(chunks)} chunks and no token of a sound of {length} "
-                f"samples at {self.sampling_rate} Hz: it is too short"
+                f"{type(self.processor).__name__} writes no token for a sound of {length} samples at "
+                f"{self.sampling_rate} Hz: it is too short"
             )
         tokenizer = self.processor.tokenizer
         if list(tokenizer(feature * 3, add_special_tokens=False)["input_ids"]) != [self.token.feature_id] * 3:
@@ -147,23 +165,28 @@ class AudioCounter:
 
     def _run(self, length: int) -> tuple[str, Mapping[str, Any]]:
         """What the processor writes in place of so many samples of silence, and its tensors."""
+        output = self._called(length, 1)
         try:
-            output = self.processor(
-                text=[self.token.placeholder],
-                audio=[np.zeros(length, np.float32)],
-                audio_kwargs={"sampling_rate": self.sampling_rate, "return_tensors": "pt"},
-                text_kwargs={"return_tensors": None, "padding": False, "truncation": False},
-                return_text_replacement_offsets=True,
-            )
             ((replaced,),) = output["text_replacement_offsets"]
-        except DflopError:
-            raise
-        except (KeyError, TypeError) as error:
-            raise self._unknown(f"does not report what it writes in place of a sound ({error})") from error
+        except (KeyError, ValueError) as error:
+            raise self._unknown("does not report what it writes in place of a sound") from error
+        return str(replaced["replacement"]), output
+
+    def _called(self, length: int, number: int) -> Mapping[str, Any]:
+        """The processor's output for so many sounds of silence."""
+        try:
+            return dict(
+                self.processor(
+                    text=[self.token.placeholder * number],
+                    audio=[np.zeros(length, np.float32)] * number,
+                    audio_kwargs={"sampling_rate": self.sampling_rate, "return_tensors": "pt"},
+                    text_kwargs={"return_tensors": None, "padding": False, "truncation": False},
+                    return_text_replacement_offsets=True,
+                )
+            )
         except Exception as error:
             name = type(self.processor).__name__
             raise DatasetError(f"{name} refuses a sound of {length / self.sampling_rate} seconds: {error}") from error
-        return str(replaced["replacement"]), output
 
     def _unknown(self, cause: str) -> ProcessorError:
         return ProcessorError(f"sounds of {type(self.processor).__name__} cannot be counted: it {cause}")

@@ -1,8 +1,9 @@
 """What a sound is, from its file's packets or its array, and its samples.
 
 Inputs: an audio cell (`{"bytes", "path"}` as `datasets.Audio(decode=False)` gives it, a path, a decoder that
-`datasets` made, or `{"array", "sampling_rate"}`). `audio_info` decodes nothing: a file is walked through packet by packet, which
-tells how many samples it holds and whether it is cut off. `load_audio` decodes, mixes the channels and resamples.
+`datasets` made, or `{"array", "sampling_rate"}`). `audio_info` decodes nothing: a file is walked through
+packet by packet, which tells how many samples it holds and whether it is cut off. `load_audio` decodes, mixes the
+channels and resamples.
 
 Files are read by PyAV (`pip install "hf_dflop[audio]"`); arrays need nothing.
 

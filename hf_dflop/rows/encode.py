@@ -1,8 +1,8 @@
 """Rows → the batch of tensors that the model gets, by really running the processor.
 
 The one place where samples become tensors. Rows with and without images, videos or sounds go through the processor
-apart, since processors differ in how they take a batch where only some rows have images; the two halves are joined by right
-padding, in the order of the rows. Of a video, the frames that the processor samples are decoded and no others.
+apart, since processors differ in how they take a batch where only some rows have images; the two halves are joined by
+right padding, in the order of the rows. Of a video, the frames that the processor samples are decoded and no others.
 
 Output: the processor's own keys (`input_ids`, `attention_mask`, `pixel_values`, ...) and `labels`, -100 where
 nothing is learned. Without an image or a video in any row, there are no pixel keys, and without a sound no audio keys.
@@ -160,12 +160,13 @@ def _text_columns(
 ) -> list[dict[str, np.ndarray]]:
     """Take the text keys out of the output; per row, arrays without padding, labels among them."""
     input_ids = output["input_ids"]
-    replaced = output.pop("text_replacement_offsets", None) or [[] for _ in texts]
+    replaced = output.pop("text_replacement_offsets", None)
+    replaced = [[] for _ in texts] if replaced is None or not len(replaced) else replaced
     offsets = output.pop("offset_mapping", None)
     suffix_labels = output.pop("labels", None)
     # A mask of features may have the shape of the text by chance.
     keys = [k for k, v in output.items() if _is_text_key(v, input_ids) and "feature" not in k and "audio" not in k]
-    taken = {key: output.pop(key) for key in keys}
+    taken = {key: np.asarray(output.pop(key)) for key in keys}  # some give tensors whatever is asked
     rows = []
     for i, text in enumerate(texts):
         length = int(np.sum(taken["attention_mask"][i]))

@@ -226,9 +226,7 @@ def read_row(row: Mapping[str, Any], layout: Layout, *, index: int | None = None
             if layout.function is None and columns[kind] is None:
                 hint = f"; no {kind} column was found. " + _columns_hint(kind + "s", list(row))
             raise DatasetError(f"{name}: {placed} {kind} placeholders but {len(given_cells)} {kind}s{hint}")
-    return Row(
-        messages=messages, images=cells["image"], videos=cells["video"], audios=cells["audio"], index=index
-    )
+    return Row(messages=messages, images=cells["image"], videos=cells["video"], audios=cells["audio"], index=index)
 
 
 def _turns(row: Mapping[str, Any], layout: Layout, name: str) -> list[dict[str, Any]]:

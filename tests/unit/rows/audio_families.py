@@ -1,4 +1,4 @@
-"""Every processor of the installed transformers that writes something in place of a sound, built offline, by structure.
+"""Every processor that writes something in place of a sound, built offline, by structure.
 
 As `families` does for images; the feature extractor is the one that transformers' auto class names for the model type.
 """

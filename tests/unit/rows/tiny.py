@@ -288,9 +288,7 @@ def qwen2_5_omni() -> Any:
     from transformers.models.qwen2_5_omni.processing_qwen2_5_omni import Qwen2_5OmniProcessor
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    images = Qwen2VLImageProcessorPil(
-        size={"shortest_edge": 4 * 28**2, "longest_edge": 256 * 28**2}, patch_size=14
-    )
+    images = Qwen2VLImageProcessorPil(size={"shortest_edge": 4 * 28**2, "longest_edge": 256 * 28**2}, patch_size=14)
     named = tokenizer(
         image_token="<|image_pad|>", video_token="<|video_pad|>", audio_token="<|AUDIO|>",
         vision_bos_token="<|vision_start|>", vision_eos_token="<|vision_end|>", audio_bos_token="<|audio_bos|>",
