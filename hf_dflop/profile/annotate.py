@@ -185,6 +185,8 @@ class Annotator:
         return results
 
     def _images(self, row: Row) -> list[ImageCount]:
+        if self.counter.token is None:
+            return []  # the renderer refuses the row, and says why
         column = "" if self.layout.image_column is None else f", column {self.layout.image_column!r}"
         sizes = [image_size(cell, where=f"{row.name}{column}, image {i}") for i, cell in enumerate(row.images)]
         try:

@@ -8,8 +8,8 @@ all frames of the chunk. Where it fills sounds to the longest of the microbatch,
 like tokens without padding. An encoder whose config tells a window (`n_window`) is given the sound's own frames, cut
 into windows.
 
-Assumptions: counts depend on the length alone, and grow with it. Each sound is processed alone: nothing depends on the
-others of its row, which the check of really processed rows would notice.
+Assumptions: counts depend on the length alone, and grow with it. That nothing depends on the other sounds of a
+microbatch is tried once, on two of them.
 """
 
 import bisect
@@ -71,7 +71,8 @@ class AudioCounter:
         self.sampling_rate = int(getattr(extractor, "sampling_rate", 0))
         self._window = _window(config)
         self._fixed: bool | None = None
-        self._tried: dict[int, str] = {}
+        self._broken: str | None = None
+        self._refuses_two: str | None = None
         self._lengths: list[int] = []
         self._counts: dict[int, AudioCount] = {}
 
@@ -103,22 +104,43 @@ class AudioCounter:
         return [length] * len(valid) if self._is_fixed() else valid
 
     def _check(self, num_sounds: int) -> None:
-        """Whether the processor can be run on silence at all, and on several sounds of one row."""
+        """Whether the processor can be run on silence, takes several sounds in a row, and keeps sounds apart."""
         if not self.sampling_rate:
             raise self._unknown("tells no sampling rate")
-        for number in (1, 2):
-            if number > num_sounds:
-                break
-            if number not in self._tried:
+        if self._broken is None:
+            self._broken = self._find_broken() or ""
+        if self._broken:
+            raise self._unknown(self._broken)
+        if num_sounds > 1:
+            if self._refuses_two is None:
+                self._refuses_two = ""
                 try:
-                    output = self._called(self.sampling_rate, number)
-                    self._tried[number] = "" if self.chunks_of(output) else "gives no frames of features"
-                except (ProcessorError, DatasetError) as error:
-                    self._tried[number] = f"fails on {number} s of silence ({error})"
-        if self._tried.get(1):
-            raise self._unknown(self._tried[1])
-        if num_sounds > 1 and self._tried[2]:
-            raise DatasetError(f"{num_sounds} sounds in one row: {type(self.processor).__name__} {self._tried[2]}")
+                    self._called([self.token.placeholder * 2], [self.sampling_rate] * 2)
+                except DatasetError as error:
+                    self._refuses_two = str(error)
+            if self._refuses_two:
+                raise DatasetError(f"{num_sounds} sounds in one row: {self._refuses_two}")
+
+    def _find_broken(self) -> str | None:
+        """Why sounds of this processor cannot be counted."""
+        token, lengths = self.token.placeholder, [self.sampling_rate // 2 + 1, 2 * self.sampling_rate]
+        try:
+            alone = [self._called([token], [length]) for length in lengths]
+            together = self._called([token] * 2, lengths)
+            chunks = [self.chunks_of(output) for output in alone]
+            if not all(chunks):
+                return "gives no frames of features"
+            same = self.chunks_of(together) == [*chunks[0], *chunks[1]]
+            texts = [_replacement(output["text_replacement_offsets"][0]) for output in alone]
+            same &= texts == [_replacement(row) for row in together["text_replacement_offsets"]]
+        except (KeyError, ValueError, IndexError) as error:
+            return f"fails on silence: {error}"
+        if not same:
+            return (
+                "makes of a sound what depends on the others of its microbatch. Where it fills sounds to the longest, "
+                'processor.audio_kwargs = {**processor.audio_kwargs, "padding": "max_length"} makes them independent'
+            )
+        return None
 
     def _is_fixed(self) -> bool:
         if self._fixed is None:
@@ -165,31 +187,33 @@ class AudioCounter:
 
     def _run(self, length: int) -> tuple[str, Mapping[str, Any]]:
         """What the processor writes in place of so many samples of silence, and its tensors."""
-        output = self._called(length, 1)
-        try:
-            ((replaced,),) = output["text_replacement_offsets"]
-        except (KeyError, ValueError) as error:
-            raise self._unknown("does not report what it writes in place of a sound") from error
-        return str(replaced["replacement"]), output
+        output = self._called([self.token.placeholder], [length])
+        return _replacement(output["text_replacement_offsets"][0]), output
 
-    def _called(self, length: int, number: int) -> Mapping[str, Any]:
-        """The processor's output for so many sounds of silence."""
+    def _called(self, texts: list[str], lengths: list[int]) -> Mapping[str, Any]:
+        """The processor's output for texts with sounds of silence."""
         try:
             return dict(
                 self.processor(
-                    text=[self.token.placeholder * number],
-                    audio=[np.zeros(length, np.float32)] * number,
+                    text=texts,
+                    audio=[np.zeros(length, np.float32) for length in lengths],
                     audio_kwargs={"sampling_rate": self.sampling_rate, "return_tensors": "pt"},
-                    text_kwargs={"return_tensors": None, "padding": False, "truncation": False},
+                    text_kwargs={"return_tensors": None, "padding": len(texts) > 1, "truncation": False},
                     return_text_replacement_offsets=True,
                 )
             )
         except Exception as error:
-            name = type(self.processor).__name__
-            raise DatasetError(f"{name} refuses a sound of {length / self.sampling_rate} seconds: {error}") from error
+            name, seconds = type(self.processor).__name__, max(lengths) / self.sampling_rate
+            raise DatasetError(f"{name} refuses a sound of {seconds:.4g} s: {error}") from error
 
     def _unknown(self, cause: str) -> ProcessorError:
         return ProcessorError(f"sounds of {type(self.processor).__name__} cannot be counted: it {cause}")
+
+
+def _replacement(replaced: Sequence[Mapping[str, Any]]) -> str:
+    """What was written in place of the one sound of a text."""
+    (entry,) = replaced
+    return str(entry["replacement"])
 
 
 def _window(config: Any) -> int:
