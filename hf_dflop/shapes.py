@@ -6,6 +6,7 @@ Shapes are counts, never seconds, so an annotated dataset stays true on another 
 Assumptions: a sample's images and text are joined into one LLM sequence; the encoder attends within one
 *tile* at a time (one encoder attention sequence: a crop, or a whole image; a windowed encoder's tile is the image).
 A video counts as an image of which each frame is a tile, or each group of frames that become one patch.
+A sound is cut into chunks, each an attention sequence of the audio encoder.
 """
 
 import hashlib
@@ -18,9 +19,12 @@ import numpy.typing as npt
 
 from hf_dflop.errors import DatasetError
 
-__all__ = ["COLUMN_PREFIX", "SHAPE_COLUMNS", "Shapes"]
+__all__ = ["COLUMN_PREFIX", "NEEDED_COLUMNS", "SHAPE_COLUMNS", "Shapes"]
 
 COLUMN_PREFIX = "dflop_"
+_ABSENT: Any = None
+_AUDIO = ("num_audios", "audio_chunks", "audio_frames", "audio_frames_sq", "audio_tokens", "audio_ms")
+"""Fields that came later: 0 in a dataset that was annotated before, in which there were no sounds."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,11 +52,24 @@ class Shapes:
     """All other LLM positions of the sample: text, template, wrapper tokens around images, timestamps of frames."""
     label_tokens: npt.NDArray[np.int64]
     """Positions that contribute to the loss: labels after the shift (`labels[1:]`) that are not -100."""
+    num_audios: npt.NDArray[np.int64] = _ABSENT
+    """Sounds of the sample; the audio columns may be left out where there are none."""
+    audio_chunks: npt.NDArray[np.int64] = _ABSENT
+    """Attention sequences that the audio encoder runs for the sample."""
+    audio_frames: npt.NDArray[np.int64] = _ABSENT
+    """Feature frames that the audio encoder computes, over all chunks, with the padding that it computes too."""
+    audio_frames_sq: npt.NDArray[np.int64] = _ABSENT
+    """Sum over the chunks of (frames of the chunk)²."""
+    audio_tokens: npt.NDArray[np.int64] = _ABSENT
+    """LLM positions that hold features of sounds."""
+    audio_ms: npt.NDArray[np.int64] = _ABSENT
+    """Milliseconds of sound, each sound rounded."""
 
     def __post_init__(self) -> None:
         lengths = set()
         for field in fields(self):
-            array = np.asarray(getattr(self, field.name))
+            given = getattr(self, field.name)
+            array = np.zeros(np.shape(self.num_images), np.int64) if given is None else np.asarray(given)
             if array.ndim != 1:
                 raise DatasetError(f"shape column {field.name!r} has {array.ndim} dimensions; expected (num_samples,)")
             if array.size and not np.issubdtype(array.dtype, np.integer):
@@ -72,12 +89,14 @@ class Shapes:
     @property
     def llm_tokens(self) -> npt.NDArray[np.int64]:
         """LLM sequence length of each sample, `(num_samples,)`."""
-        return self.image_tokens + self.text_tokens
+        return self.image_tokens + self.audio_tokens + self.text_tokens
 
     def fingerprint(self) -> str:
         """Hash of all counts, in order: equal for the same samples in the same order."""
         digest = hashlib.sha256()
         for field in fields(self):
+            if field.name in _AUDIO and not self.num_audios.any():
+                continue  # as before there were such columns
             digest.update(getattr(self, field.name).astype("<i8").tobytes())
         return digest.hexdigest()[:16]
 
@@ -97,13 +116,17 @@ class Shapes:
         Raises:
             DatasetError: a shape column is missing.
         """
-        missing = [name for name in SHAPE_COLUMNS if name not in columns]
+        missing = [name for name in NEEDED_COLUMNS if name not in columns]
         if missing:
             raise DatasetError(
                 f"the dataset has no shape column {missing[0]!r}: it was not annotated, or the column was removed. "
                 "Use the dataset that hf_dflop.profile_dataset returns."
             )
-        return cls(**{name.removeprefix(COLUMN_PREFIX): np.asarray(columns[name]) for name in SHAPE_COLUMNS})
+        given = [name for name in SHAPE_COLUMNS if name in columns]
+        if given != list(SHAPE_COLUMNS) and given != list(NEEDED_COLUMNS):
+            lost = next(name for name in SHAPE_COLUMNS if name not in columns)
+            raise DatasetError(f"the dataset has audio columns, but no {lost!r}: annotate it again")
+        return cls(**{name.removeprefix(COLUMN_PREFIX): np.asarray(columns[name]) for name in given})
 
     @classmethod
     def of_dataset(cls, dataset: Any) -> "Shapes":
@@ -118,15 +141,19 @@ class Shapes:
                 "expected the annotated datasets.Dataset that hf_dflop.profile_dataset returns; "
                 f"got {type(dataset).__name__}."
             )
-        missing = [name for name in SHAPE_COLUMNS if name not in columns]
+        missing = [name for name in NEEDED_COLUMNS if name not in columns]
         if missing:
             raise DatasetError(
                 f"the dataset has no shape column {missing[0]!r} (it has {sorted(columns)}): it was not annotated. "
                 "Use `ds, profile = hf_dflop.profile_dataset(ds, processor)`."
             )
-        plain = dataset.with_format(None).select_columns(list(SHAPE_COLUMNS)).with_format("numpy")
+        names = [name for name in SHAPE_COLUMNS if name in columns]
+        plain = dataset.with_format(None).select_columns(names).with_format("numpy")
         return cls.from_columns(plain[:])
 
 
 SHAPE_COLUMNS: tuple[str, ...] = tuple(COLUMN_PREFIX + field.name for field in fields(Shapes))
 """Names of the dataset columns, in the order of the fields of `Shapes`."""
+
+NEEDED_COLUMNS: tuple[str, ...] = tuple(c for c in SHAPE_COLUMNS if c.removeprefix(COLUMN_PREFIX) not in _AUDIO)
+"""Those that every annotated dataset has."""

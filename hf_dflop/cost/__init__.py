@@ -2,6 +2,7 @@
 transformers."""
 
 from hf_dflop.cost.activations import PartMemory, activation_memory
+from hf_dflop.cost.audio import AudioSpec
 from hf_dflop.cost.fit import FitError
 from hf_dflop.cost.flops import (
     ModuleFlops,
@@ -24,6 +25,7 @@ from hf_dflop.cost.spec import ConnectorSpec, ModelSpec, TransformerSpec
 
 __all__ = [
     "PARTS",
+    "AudioSpec",
     "ConnectorSpec",
     "CostModel",
     "FitError",

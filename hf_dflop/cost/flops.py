@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from hf_dflop.cost.audio import AUDIO_TERMS, audio_terms
 from hf_dflop.cost.spec import ModelSpec, TransformerSpec
 from hf_dflop.errors import ModelError
 from hf_dflop.shapes import Shapes
@@ -58,11 +59,13 @@ class ModuleFlops:
     llm: FloatArray
     """The LLM's layers, without the LM head."""
     llm_head: FloatArray
+    audio: FloatArray
+    """Audio encoder and its projection; 0 where the model has none."""
 
     @property
     def total(self) -> FloatArray:
         """Sum over the modules, `(num_samples,)`."""
-        return self.vision + self.connector + self.llm + self.llm_head
+        return self.vision + self.connector + self.llm + self.llm_head + self.audio
 
 
 def linear_flops_per_position(spec: TransformerSpec) -> float:
@@ -143,7 +146,16 @@ def encoder_counts(spec: ModelSpec, shapes: Shapes) -> tuple[FloatArray, FloatAr
 
 
 def vision_terms(spec: ModelSpec, shapes: Shapes) -> dict[str, FloatArray]:
-    """Forward FLOPs of encoder and connector by term, each float64 `(num_samples,)`."""
+    """Forward FLOPs of encoders and connector by term, each float64 `(num_samples,)`; of sounds with a spec of them.
+
+    Raises:
+        ModelError: there are sounds, and the spec has no audio encoder.
+    """
+    if spec.audio is None and shapes.num_audios.any():
+        raise ModelError(
+            f"{int((shapes.num_audios > 0).sum())} samples have sounds, and the spec has no audio encoder: the model "
+            "has none, or one that is not covered. Set ModelSpec.audio to the nearest AudioSpec, or drop the samples."
+        )
     vision = spec.vision
     patches = shapes.image_patches.astype(np.float64)
     tiles = shapes.image_tiles.astype(np.float64)
@@ -168,6 +180,7 @@ def vision_terms(spec: ModelSpec, shapes: Shapes) -> dict[str, FloatArray]:
         "vision_pooling": pooling,
         "connector_first": sizes[0] * rows,
         "connector_rest": sum(sizes[1:]) * rows,
+        **({} if spec.audio is None else audio_terms(spec.audio, shapes)),
     }
 
 
@@ -224,7 +237,13 @@ def train_factors(
     input_gradient = through_vision or spec.connector.input_norm or not train.connector
     vision_again = recompute * _recomputed_share(spec.vision)
     llm_again = recompute * _recomputed_share(spec.llm) * through_llm
+    sounds = {
+        "audio_first": 2.0 if train.vision else 1.0,
+        "audio_linear": 1.0 + (weights(train.vision, True) + recompute) * through_vision,
+        "audio_attention": 1.0 + (2.0 + recompute) * through_vision,
+    }
     return {
+        **(sounds if spec.audio is not None else {}),
         "patch_embed": 2.0 if train.vision else 1.0,
         "vision_linear": 1.0 + (weights(train.vision, True) + vision_again) * read * through_vision,
         "vision_attention": 1.0 + (2.0 + recompute) * read * through_vision,
@@ -243,6 +262,7 @@ def _by_module(terms: dict[str, FloatArray]) -> ModuleFlops:
         connector=terms["connector_first"] + terms["connector_rest"],
         llm=terms["llm_linear"] + terms["llm_attention"],
         llm_head=terms["llm_head"],
+        audio=sum((terms[name] for name in AUDIO_TERMS if name in terms), np.zeros_like(terms["llm_head"])),
     )
 
 

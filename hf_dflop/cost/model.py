@@ -34,6 +34,7 @@ __all__ = ["COST_SCHEMA_VERSION", "CostModel", "Observation", "Rates"]
 
 COST_SCHEMA_VERSION = 1
 
+_AUDIO_COUNTS = ("audio_chunks", "audio_frames", "audio_frames_sq")
 FloatArray = npt.NDArray[np.float64]
 Groups = Iterable[Sequence[int] | npt.NDArray[np.integer]]
 
@@ -51,7 +52,7 @@ def _terms(
     sums: dict[str, FloatArray] = {}
     if shapes is not None:
         vision = {name: flops * factors[name] for name, flops in vision_terms(spec, shapes).items()}
-        sums["vision_attention"] = vision.pop("vision_attention")
+        sums["vision_attention"] = vision.pop("vision_attention") + vision.pop("audio_attention", 0.0)
         sums["vision_linear"] = np.sum(list(vision.values()), axis=0)
     if tokens is not None:
         llm = {
@@ -245,14 +246,26 @@ class CostModel:
         return np.asarray([float(terms[name].sum()) for name in RATE_TERMS])
 
     def vision_s(self, shapes: Shapes) -> FloatArray:
-        """Seconds of encoder and connector for each sample, `(num_samples,)`."""
+        """Seconds of encoders and connector for each sample, `(num_samples,)`; sounds are encoded too.
+
+        Raises:
+            ModelError: there are sounds, and the spec has no audio encoder.
+        """
         if self.profile is not None:
             counts = encoder_counts(self.spec, shapes)
-            return np.sum([self.measured_s("vision", way, *counts) for way in DIRECTIONS], axis=0)
+            measured = np.sum([self.measured_s("vision", way, *counts) for way in DIRECTIONS], axis=0)
+            return measured + self._sounds_s(shapes) if shapes.num_audios.any() else measured
         terms = self._terms(shapes, None)
         return (
             terms["vision_linear"] / self.rates.vision_linear + terms["vision_attention"] / self.rates.vision_attention
         )
+
+    def _sounds_s(self, shapes: Shapes) -> FloatArray:
+        """Sounds are not measured part by part: their FLOPs, at the rate that the measured parts reach."""
+        silent = replace(shapes, **{name: 0 * getattr(shapes, name) for name in ("num_audios", *_AUDIO_COUNTS)})
+        with_sounds, without = (self._terms(counted, None) for counted in (shapes, silent))
+        flops = sum(with_sounds[name] - without[name] for name in ("vision_linear", "vision_attention"))
+        return np.asarray(flops / self.rates.vision_linear)
 
     def llm_s(self, tokens: Shapes | npt.ArrayLike) -> FloatArray:
         """Seconds of the LLM for rows of the given lengths, `(num_rows,)`; never less for a longer row.

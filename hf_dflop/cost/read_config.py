@@ -12,6 +12,7 @@ when the config has mask or register tokens, when it is CLIP-like, or when the m
 from collections.abc import Mapping
 from typing import Any
 
+from hf_dflop.cost.audio import read_audio
 from hf_dflop.cost.config_fields import get, is_merger_gated, size, square
 from hf_dflop.cost.read_connector import read_connector
 from hf_dflop.cost.spec import ModelSpec, TransformerSpec
@@ -94,6 +95,7 @@ def _read(config: Any, vision_config: Any, text_config: Any) -> ModelSpec:
         pooling_head=bool(get(vision_config, "vision_use_head", default=False)),
         unread_vision_layers=_unread_layers(get(config, "vision_feature_layer", default=-1), vision.num_layers),
         image_token_id=get(config, "image_token_id", "image_token_index", "img_context_token_id"),
+        audio=read_audio(config, llm.hidden),
         assumptions=tuple(assumptions),
     )
 

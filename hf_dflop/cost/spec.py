@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from hf_dflop.cost.audio import AudioSpec
 from hf_dflop.errors import ModelError
 
 __all__ = ["SPEC_SCHEMA_VERSION", "ConnectorSpec", "ModelSpec", "TransformerSpec"]
@@ -148,6 +149,8 @@ class ModelSpec:
     """Last layers of the encoder that run forward although only earlier features are read (LLaVA's
     `vision_feature_layer=-2`): no gradient reaches them."""
     image_token_id: int | None = None
+    audio: AudioSpec | None = None
+    """The audio encoder; `None` where the model has none, or one that the formulas do not cover."""
     assumptions: tuple[str, ...] = ()
     """What the config did not say and was assumed, in sentences; empty when everything was read."""
 
@@ -185,7 +188,10 @@ class ModelSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """The spec as plain JSON types, with the schema version."""
-        return {"schema_version": SPEC_SCHEMA_VERSION, **asdict(self)}
+        fields = asdict(self)
+        if self.audio is None:
+            del fields["audio"]  # as in files of before
+        return {"schema_version": SPEC_SCHEMA_VERSION, **fields}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "ModelSpec":
@@ -205,6 +211,8 @@ class ModelSpec:
             fields["vision"] = TransformerSpec(**fields["vision"])
             fields["llm"] = TransformerSpec(**fields["llm"])
             fields["connector"] = ConnectorSpec(**fields["connector"])
+            if fields.get("audio") is not None:
+                fields["audio"] = AudioSpec.from_dict(fields["audio"])
             return cls(**fields)
         except (KeyError, TypeError) as error:
             raise ModelError(

@@ -124,10 +124,14 @@ class VisionLanguageCollator:
         return self._detected[1]
 
     def _check(self, rows: Sequence[Mapping[str, Any]], batch: dict[str, Any]) -> None:
-        image_tokens = sum((batch["input_ids"] == token).sum(dim=1) for token in self.renderer.feature_ids)
+        heard = self.renderer.audio_token
+        ids = batch["input_ids"]
+        audio_tokens = (ids == (-1 if heard is None else heard.feature_id)).sum(dim=1)
+        image_tokens = sum((ids == token).sum(dim=1) for token in self.renderer.feature_ids) - audio_tokens
         found = {
             "image_tokens": image_tokens.tolist(),
-            "text_tokens": (batch["attention_mask"].sum(dim=1) - image_tokens).tolist(),
+            "audio_tokens": audio_tokens.tolist(),
+            "text_tokens": (batch["attention_mask"].sum(dim=1) - image_tokens - audio_tokens).tolist(),
             "label_tokens": (batch["labels"][:, 1:] != -100).sum(dim=1).tolist(),
         }
         for name, counts in found.items():

@@ -28,7 +28,7 @@ from hf_dflop.data.rows_of_stream import Row, RowReader
 from hf_dflop.data.step_plan import Caps, StepPlan
 from hf_dflop.data.windows import paired_steps
 from hf_dflop.errors import BalanceError, DatasetError
-from hf_dflop.shapes import SHAPE_COLUMNS, Shapes
+from hf_dflop.shapes import NEEDED_COLUMNS, SHAPE_COLUMNS, Shapes
 
 __all__ = ["BalancedStream"]
 
@@ -248,13 +248,13 @@ class BalancedStream(IterableDataset):
         return numbers.reshape(self._num_slots, self._num_ranks, self._batch_size).swapaxes(0, 1).tolist()
 
     def _shapes(self, rows: dict[int, Row]) -> Shapes:
-        missing = next((name for row in rows.values() for name in SHAPE_COLUMNS if name not in row), None)
+        missing = next((name for row in rows.values() for name in NEEDED_COLUMNS if name not in row), None)
         if missing is not None:
             raise DatasetError(
                 f"a row of the stream has no shape column {missing!r}: the stream was not annotated. Use the stream "
                 "that hf_dflop.profile_dataset returns."
             )
-        return Shapes.from_columns({name: [int(row[name]) for row in rows.values()] for name in SHAPE_COLUMNS})
+        return Shapes.from_columns({name: [int(row.get(name, 0)) for row in rows.values()] for name in SHAPE_COLUMNS})
 
     def _plan(self, stock: list[list[list[int]]], shapes: Shapes, window: int, epoch: int, step: int) -> StepPlan:
         begin = time.perf_counter()

@@ -30,7 +30,7 @@ from hf_dflop.integrations.checks import (
 )
 from hf_dflop.integrations.describe import choose_objective, describe_training
 from hf_dflop.integrations.resume import SampleOrder
-from hf_dflop.shapes import SHAPE_COLUMNS, Shapes
+from hf_dflop.shapes import NEEDED_COLUMNS, SHAPE_COLUMNS, Shapes
 
 __all__ = ["install_stream", "is_stream"]
 
@@ -76,7 +76,7 @@ def install_stream(
         rank, size = state.process_index, dataloader.batch_size
         sources = [source.shard(num_shards=num_ranks, index=r) for r in range(num_ranks)] if num_ranks > 1 else source
     rows = _first_rows(source)
-    shapes = Shapes.from_columns({name: [row[name] for row in rows] for name in SHAPE_COLUMNS})
+    shapes = Shapes.from_columns({name: [row.get(name, 0) for row in rows] for name in SHAPE_COLUMNS})
     tried = SimpleNamespace(dataset=rows, collate_fn=dataloader.collate_fn)
     spec = ModelSpec.from_config(trainer.accelerator.unwrap_model(trainer.model).config)
     padded = check_samples(tried, shapes, spec.image_token_id, verify, settings["seed"])
@@ -140,7 +140,7 @@ class _CollateOrNothing:
 def _first_rows(source: Any) -> list[dict[str, Any]]:
     reader = RowReader(source)
     rows = [reader.decoded(row) for row in islice(reader.rows(0), _TRIED_ROWS)]
-    missing = next((name for row in rows for name in SHAPE_COLUMNS if name not in row), None)
+    missing = next((name for row in rows for name in NEEDED_COLUMNS if name not in row), None)
     if missing is not None or not rows:
         raise DatasetError(
             f"the stream has {'no rows' if not rows else f'no shape column {missing!r}'}: it was not annotated. Train "

@@ -30,6 +30,11 @@ def draw_batches(shapes: Shapes, global_batch_size: int, num_batches: int, seed:
     """
     if not len(shapes):
         raise PlanError("the profile has no samples; profile a dataset with at least one usable row.")
+    if shapes.num_audios.any():
+        raise PlanError(
+            f"{int((shapes.num_audios > 0).sum())} samples have sounds; plans do not place an audio encoder. Balance "
+            "such a model with DflopCallback, or plan for the samples without sounds."
+        )
     if isinstance(global_batch_size, bool) or global_batch_size < 1 or num_batches < 1:
         raise PlanError(
             f"global_batch_size is {global_batch_size}, num_batches {num_batches}; both must be at least 1."

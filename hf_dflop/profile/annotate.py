@@ -1,6 +1,6 @@
 """Rows → the shape columns, without decoding a pixel. The function that `datasets.map` runs.
 
-The rendered text gets the replacement of each image and each video with every run of image tokens folded to one, and
+The rendered text gets the replacement of each image, video and sound with every run of image tokens folded to one, and
 is tokenised once: the image token is a special token of its own, so folding a run of k removes exactly k - 1 tokens
 and changes no other, whatever the text around it merges to. Only rows longer than `max_length` are tokenised in full.
 """
@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hf_dflop.errors import DatasetError, DflopError
+from hf_dflop.profile.audio_count import AudioCount
 from hf_dflop.profile.image_count import ImageCount
 from hf_dflop.profile.tokenise import Tokeniser, count_tokens
 from hf_dflop.profile.tokens import TokenCounter
 from hf_dflop.profile.video_count import VideoCounter
 from hf_dflop.rows import Layout, Rendered, Renderer, Row, image_size, read_row, video_info
+from hf_dflop.rows.audio import AudioInfo, audio_info
 from hf_dflop.rows.labels import Span, expand
 from hf_dflop.shapes import COLUMN_PREFIX, SHAPE_COLUMNS
 
@@ -33,6 +35,12 @@ _SUMMED = {
     "image_patches": "patches",
     "image_patches_sq": "patches_sq",
     "image_tokens": "image_tokens",
+}
+_SUMMED_AUDIO = {
+    "audio_chunks": "chunks",
+    "audio_frames": "frames",
+    "audio_frames_sq": "frames_sq",
+    "audio_tokens": "audio_tokens",
 }
 
 
@@ -125,13 +133,13 @@ class Annotator:
             return _said(error, f"row {index}")
 
     def _values(self, name: str, column: "pa.ChunkedArray") -> list[Any]:
-        """Python values of a column; bytes of images and videos stay in the table, of which only headers are read."""
+        """Python values of a column; bytes of images, videos and sounds stay in the table and are read there."""
         import pyarrow as pa
 
         kind = column.type
         is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
         cell = kind.value_type if is_list else kind
-        media = (self.layout.image_column, self.layout.video_column)
+        media = (self.layout.image_column, self.layout.video_column, self.layout.audio_column)
         if name not in media or not pa.types.is_struct(cell) or cell.get_field_index("bytes") < 0:
             return column.to_pylist()
         return [row for chunk in column.chunks for row in (_image_lists(chunk) if is_list else _image_cells(chunk))]
@@ -144,34 +152,41 @@ class Annotator:
         """
         images = [self._images(row) if row.images else [] for row in rows]
         videos = [self._clips(row) if row.videos else [] for row in rows]
+        infos = [self._infos(row) for row in rows]
+        sounds = [self._sounds(row, heard) for row, heard in zip(rows, infos, strict=True)]
         rendered = [self._prepared(self.renderer(row), row) for row in rows]
         folded = [
-            self._expanded(text, [part.folded for part in parts], [part.folded for part in clips])
-            for text, parts, clips in zip(rendered, images, videos, strict=True)
+            self._expanded(text, *([part.folded for part in parts] for parts in media))
+            for text, *media in zip(rendered, images, videos, sounds, strict=True)
         ]
         tokens = self.tokenise([text for text, _ in folded], [text.add_special_tokens for text in rendered])
         spans = [spans for _, spans in folded]
         counted = count_tokens(tokens, spans, self.renderer.labels, self.renderer.feature_ids)
         results = []
-        for row, given, clips, text, (length, features, labels) in zip(
-            rows, images, videos, rendered, counted.tolist(), strict=True
+        for row, given, clips, heard, told, text, (length, features, labels) in zip(
+            rows, images, videos, sounds, infos, rendered, counted.tolist(), strict=True
         ):
             parts = [*given, *clips]
-            if features != sum(len(part.runs) for part in parts):
+            if features != sum(len(part.runs) for part in (*parts, *heard)):
                 raise DatasetError(
                     f"{row.name}: the text itself contains the image token {self.counter.token.feature!r}"
                     + ("" if self.renderer.video_token is None else ", or the token of a video")
+                    + ("" if self.renderer.audio_token is None else ", or the token of a sound")
                 )
             counts = {field: sum(getattr(part, name) for part in parts) for field, name in _SUMMED.items()}
+            counts |= {field: sum(getattr(part, name) for part in heard) for field, name in _SUMMED_AUDIO.items()}
+            counts |= {"num_audios": len(heard), "audio_ms": sum(round(1000 * info.duration_s) for info in told)}
             counts |= {"num_images": len(parts), "text_tokens": length - features, "label_tokens": labels}
             if text.suffix is not None:
                 self._add_suffix(counts, text.suffix)
-            if self.max_length is not None and counts["text_tokens"] + counts["image_tokens"] > self.max_length:
-                self._cut(counts, row, given, clips, text)
+            if self.max_length is not None and _length(counts) > self.max_length:
+                self._cut(counts, row, text, (given, clips, heard))
             results.append(counts)
         return results
 
     def _images(self, row: Row) -> list[ImageCount]:
+        if self.counter.token is None:
+            return []  # the renderer refuses the row, and says why
         column = "" if self.layout.image_column is None else f", column {self.layout.image_column!r}"
         sizes = [image_size(cell, where=f"{row.name}{column}, image {i}") for i, cell in enumerate(row.images)]
         try:
@@ -194,13 +209,29 @@ class Annotator:
         except DflopError as error:
             raise type(error)(f"{row.name}{column}: {error}") from error
 
-    def _expanded(self, text: Rendered, images: Sequence[str], videos: Sequence[str]) -> tuple[str, list[Span]]:
-        """Text and spans with the replacements in place; those of images hold no placeholder of a video."""
+    def _infos(self, row: Row) -> list[AudioInfo]:
+        column = "" if self.layout.audio_column is None else f", column {self.layout.audio_column!r}"
+        return [audio_info(cell, where=f"{row.name}{column}, sound {i}") for i, cell in enumerate(row.audios)]
+
+    def _sounds(self, row: Row, infos: Sequence[AudioInfo]) -> list[AudioCount]:
+        if not infos or self.counter.audio is None:
+            return []  # the renderer refuses the row, and says why
+        try:
+            return self.counter.audio.count(infos)
+        except DflopError as error:
+            raise type(error)(f"{row.name}: {error}") from error
+
+    def _expanded(
+        self, text: Rendered, images: Sequence[str], videos: Sequence[str], sounds: Sequence[str]
+    ) -> tuple[str, list[Span]]:
+        """Text and spans with the replacements in place; none holds a placeholder of another kind."""
         full, spans = text.text, text.spans
         if images:
             full, spans = expand(full, self.counter.token.placeholder, images, spans)
         if videos and self.renderer.video_token is not None:
             full, spans = expand(full, self.renderer.video_token.placeholder, videos, spans)
+        if sounds and self.renderer.audio_token is not None:
+            full, spans = expand(full, self.renderer.audio_token.placeholder, sounds, spans)
         return full, spans
 
     def _prepared(self, text: Rendered, row: Row) -> Rendered:
@@ -224,27 +255,31 @@ class Annotator:
         self,
         counts: dict[str, int],
         row: Row,
-        images: Sequence[ImageCount],
-        clips: Sequence[ImageCount],
         text: Rendered,
+        media: tuple[Sequence[ImageCount], Sequence[ImageCount], Sequence[AudioCount]],
     ) -> None:
         """Count a row that is longer than `max_length`, as the tokenizer cuts it."""
         assert self.max_length is not None
-        length = counts["text_tokens"] + counts["image_tokens"]
+        length = _length(counts)
         advice = f"{row.name}: {length} tokens, more than max_length={self.max_length}; "
         if text.suffix is not None:
             raise DatasetError(advice + "prompt and suffix are not cut, so drop the row or raise max_length")
-        full, spans = self._expanded(text, [part.replacement for part in images], [part.replacement for part in clips])
+        full, spans = self._expanded(text, *([part.replacement for part in parts] for parts in media))
         kept = self.tokenise.cut(full, text.add_special_tokens, self.max_length)
         ((num_kept, features, labels),) = count_tokens(
             [kept], [spans], self.renderer.labels, self.renderer.feature_ids
         ).tolist()
-        if features != counts["image_tokens"]:
+        needed = counts["image_tokens"] + counts["audio_tokens"]
+        if features != needed:
             raise DatasetError(
-                advice + f"the cut would keep {features} of {counts['image_tokens']} image tokens, and "
-                "images and videos cannot be cut: drop the row or raise max_length"
+                advice + f"the cut would keep {features} of {needed} {'audio' if row.audios else 'image'} tokens, and "
+                "images, videos and sounds cannot be cut: drop the row or raise max_length"
             )
         counts |= {"text_tokens": num_kept - features, "label_tokens": labels}
+
+
+def _length(counts: Mapping[str, int]) -> int:
+    return counts["text_tokens"] + counts["image_tokens"] + counts["audio_tokens"]
 
 
 def _said(error: Exception, name: str) -> DflopError:

@@ -195,7 +195,7 @@ def _profile_rows(data: Any, policy: Policy, source: dict[str, Any]) -> tuple[An
         provenance={**source, **record},
         errors=row_errors(reasons, picked),
         unusable=marked(policy, reasons),
-        spec=spec_of(policy.config),
+        spec=spec_of(policy.config, shapes),
         subset_names=names,
         subset=subset,
     )

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["ImageCount", "fold"]
+__all__ = ["ImageCount", "fold", "unfold"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,8 +42,7 @@ class ImageCount:
     @property
     def replacement(self) -> str:
         """What the processor writes in place of the placeholder, in full."""
-        first, *pieces = self.folded.split(self.feature)
-        return first + "".join(self.feature * run + piece for run, piece in zip(self.runs, pieces, strict=True))
+        return unfold(self.folded, self.runs, self.feature)
 
 
 def fold(replacement: str, feature: str) -> tuple[str, tuple[int, ...]]:
@@ -56,3 +55,14 @@ def fold(replacement: str, feature: str) -> tuple[str, tuple[int, ...]]:
     pattern = f"(?:{re.escape(feature)})+"
     runs = tuple(len(run) // len(feature) for run in re.findall(pattern, replacement))
     return re.sub(pattern, lambda _: feature, replacement), runs
+
+
+def unfold(folded: str, runs: Sequence[int], feature: str) -> str:
+    """Inverse of `fold`.
+
+    Example:
+        >>> unfold("<<a>x<b>x", (3, 2), "x")
+        '<<a>xxx<b>xx'
+    """
+    first, *pieces = folded.split(feature)
+    return first + "".join(feature * run + piece for run, piece in zip(runs, pieces, strict=True))

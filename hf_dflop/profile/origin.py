@@ -11,7 +11,8 @@ from typing import Any
 
 from hf_dflop.errors import DatasetError
 from hf_dflop.rows.labels import check_policy
-from hf_dflop.shapes import SHAPE_COLUMNS
+from hf_dflop.rows.render import audio_extractor, audio_token
+from hf_dflop.shapes import NEEDED_COLUMNS, SHAPE_COLUMNS
 
 __all__ = ["annotation_of", "processor_fingerprint", "with_annotation"]
 
@@ -35,8 +36,9 @@ def processor_fingerprint(processor: Any, labels: str = "assistant", max_length:
         `str`: 16 hexadecimal digits.
     """
     check_policy(labels)
-    tokenizer, images = processor.tokenizer, processor.image_processor
+    tokenizer, images = processor.tokenizer, getattr(processor, "image_processor", None)
     videos = getattr(processor, "video_processor", None)
+    sounds = audio_extractor(processor) if audio_token(processor) is not None else None
     backend = getattr(tokenizer, "backend_tokenizer", None)
     # The text before "added_tokens" holds the padding and truncation of the last call, which is no property.
     vocabulary = "" if backend is None else backend.to_str().partition('"added_tokens"')[2]
@@ -45,7 +47,7 @@ def processor_fingerprint(processor: Any, labels: str = "assistant", max_length:
         "processor": type(processor).__name__,
         "settings": _plain(vars(processor), skip=("tokenizer", "image_processor", "video_processor")),
         "image_processor": type(images).__name__.removesuffix("Pil").removesuffix("Fast"),
-        "images": _plain(images.to_dict(), skip=("image_processor_type", "processor_class")),
+        "images": images and _plain(images.to_dict(), skip=("image_processor_type", "processor_class")),
         "videos": None if videos is None or not hasattr(videos, "to_dict") else _plain(videos.to_dict()),
         # Padding is never counted, and trainers set a pad token where there is none.
         "special_tokens": _plain(dict(tokenizer.special_tokens_map), skip=("pad_token",)),
@@ -54,6 +56,8 @@ def processor_fingerprint(processor: Any, labels: str = "assistant", max_length:
         "labels": labels,
         "max_length": max_length,
     }
+    if hasattr(sounds, "to_dict"):
+        known["sounds"] = _plain(sounds.to_dict(), skip=("feature_extractor_type", "processor_class"))
     digest = hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode())
     digest.update(vocabulary.encode())
     return digest.hexdigest()[:16]
@@ -76,7 +80,7 @@ def annotation_of(dataset: Any) -> dict[str, Any] | None:
         >>> record["processor"] == processor_fingerprint(processor)                     # doctest: +SKIP
         True
     """
-    if any(column not in dataset.column_names for column in SHAPE_COLUMNS):
+    if any(column not in dataset.column_names for column in NEEDED_COLUMNS):
         return None
     lines = (dataset.info.description or "").splitlines()
     records = {line.removeprefix(_MARK) for line in lines if line.startswith(_MARK)}
@@ -84,7 +88,10 @@ def annotation_of(dataset: Any) -> dict[str, Any] | None:
         raise DatasetError(
             f"the dataset joins rows of {len(records)} different annotations; concatenate first, then profile"
         )
-    return json.loads(records.pop()) if records else None
+    record = json.loads(records.pop()) if records else None
+    if record and "audio_column" in record and any(column not in dataset.column_names for column in SHAPE_COLUMNS):
+        return None  # a record without that key is of the time before sounds were counted
+    return record
 
 
 def with_annotation(description: str | None, record: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ from hf_dflop.cost import ModelSpec
 from hf_dflop.errors import ModelError
 from hf_dflop.profile.origin import processor_fingerprint
 from hf_dflop.rows import Layout
+from hf_dflop.shapes import Shapes
 
 __all__ = ["Policy", "marked", "record_of", "spec_of"]
 
@@ -36,12 +37,15 @@ class Policy:
     source: dict[str, Any]
 
 
-def spec_of(config: Any) -> ModelSpec | None:
-    """The model's structure, where its config is known and understood."""
+def spec_of(config: Any, shapes: Shapes) -> ModelSpec | None:
+    """The model's structure, where its config is known and understood; with sounds, that of their encoder too."""
     if config is None:
         return None
     try:
-        return ModelSpec.from_config(config)
+        spec = ModelSpec.from_config(config)
+        if shapes.num_audios.any() and spec.audio is None:
+            raise ModelError("there are sounds, and the config describes no audio encoder that is covered")
+        return spec
     except (ModelError, AttributeError, TypeError) as error:
         logger.warning("costs cannot be computed from this config: %s", error)
         return None
@@ -64,6 +68,7 @@ def record_of(policy: Policy, layout: Layout) -> dict[str, Any]:
         "layout_columns": None if layout.function else list(layout.columns or ()),
         "layout_function": _function_hash(layout),
         "image_column": layout.image_column,
+        "audio_column": layout.audio_column,
     }
     return dict(json.loads(json.dumps(record)))  # as it is read back from the dataset: tuples are lists
 

@@ -121,6 +121,8 @@ class DatasetProfile:
         heads = ("5 %", "median", "95 %", "99 %", "max")
         lines = [f"{self.num_samples:,} samples", f"{'':18}{'total':>16}" + "".join(f"{h:>12}" for h in heads)]
         for name, values in self.quantiles.items():
+            if "audio" in name and not self.totals.get("num_audios"):
+                continue
             cells = "".join(f"{values[q]:>12,.0f}" for q in shown)
             lines.append(f"{name:18}{self.totals[name]:>16,}{cells}")
         if self.errors:
@@ -187,7 +189,7 @@ class DatasetProfile:
         shapes = subset = None
         if (samples := path.with_name("shapes.npz")).is_file():
             with np.load(samples, allow_pickle=False) as file:
-                shapes = Shapes.from_columns({name: file[name] for name in SHAPE_COLUMNS})
+                shapes = Shapes.from_columns({name: file[name] for name in SHAPE_COLUMNS if name in file})
                 subset = file.get("subset")
         errors = tuple(RowError(**error) for error in read.pop("errors", ()))
         spec = read.pop("spec", None)

@@ -92,7 +92,7 @@ def profile_stream(stream: Any, policy: Policy, source: dict[str, Any]) -> tuple
         provenance={**source, **sampling, **record},
         errors=row_errors(reasons | ({} if broken is None else {num_read: broken})),
         unusable=marked(policy, reasons),
-        spec=spec_of(policy.config),
+        spec=spec_of(policy.config, shapes),
     )
     return annotated_stream(stream, raw, annotator, policy.on_error, record), profile
 

@@ -13,6 +13,7 @@ Processors are told apart by the structure of their image processor, never by th
     tiles      a number of equal tiles (InternVL, Aya Vision, GOT-OCR2)
     native     one patch grid per image with row breaks (Pixtral, Mistral 3)
     fixed      one square per image (LLaVA, PaliGemma)
+    none       the processor takes sounds and no images
     processed  none of these: the images of a sample are processed as blank ones of their sizes, and remembered
 
 What the helper `_get_num_multimodal_tokens` reports is not used: it says one "patch" for tiled LLaVA images, 256
@@ -30,11 +31,11 @@ from typing import Any
 import numpy as np
 
 from hf_dflop.errors import DflopError, ProcessorError
+from hf_dflop.profile.audio_count import AudioCounter
 from hf_dflop.profile.image_count import ImageCount, fold
 from hf_dflop.profile.processed import process_blank
 from hf_dflop.profile.tiles import encoder_tiles
-from hf_dflop.rows import image_token
-from hf_dflop.rows.render import feature_ids
+from hf_dflop.rows.render import audio_token, feature_ids, image_token_or_none
 
 __all__ = ["TokenCounter"]
 
@@ -68,20 +69,25 @@ class TokenCounter:
     """
 
     def __init__(self, processor: Any, config: Any = None) -> None:
-        if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
+        takes_media = hasattr(processor, "image_processor") or hasattr(processor, "audio_token")
+        if not takes_media or not hasattr(processor, "tokenizer"):
             raise ProcessorError(
                 f"{type(processor).__name__} has no image processor and tokenizer; pass the model's processor "
                 "(AutoProcessor), not its tokenizer or image processor"
             )
         self.processor = processor
-        self.token = image_token(processor)
+        self.token = image_token_or_none(processor)
         self.feature_ids = feature_ids(processor)
+        self.audio = None if audio_token(processor) is None else AudioCounter(processor, config)
+        self._cache: dict[tuple[int, int, bool], ImageCount] = {}
+        self._processed: dict[tuple[tuple[int, int], ...], list[ImageCount]] = {}
+        if self.token is None:  # takes sounds alone
+            self.structure, self.patch_size = "none", None
+            return
         self.structure = self._recognise()
         self.patch_size = self._find_patch_size(config)
         self.counts_alone = "batch_num_images" in getattr(processor.image_processor, "model_input_names", ())
         self._folds = self._feature_is_one_token()
-        self._cache: dict[tuple[int, int, bool], ImageCount] = {}
-        self._processed: dict[tuple[tuple[int, int], ...], list[ImageCount]] = {}
         self._check_probe()
 
     def count(self, sizes: list[tuple[int, int]]) -> list[ImageCount]:
@@ -90,8 +96,10 @@ class TokenCounter:
         Raises:
             ValueError: the processor itself refuses an image of this size.
         """
+        if not sizes or self.token is None:
+            return []  # of a row with images that are not taken, the renderer says why
         if self.structure == "processed":
-            return self._process(tuple(sizes)) if sizes else []
+            return self._process(tuple(sizes))
         alone = len(sizes) == 1 or not self.counts_alone
         counts = []
         for height, width in sizes:
@@ -213,6 +221,8 @@ class TokenCounter:
 
     def tiles_of(self, output: Any) -> list[int]:
         """Patches of each encoder tile, from what the processor gave."""
+        if self.token is None:
+            return []
         return encoder_tiles(output, self.tile_patches, native=self.structure == "native")
 
     def _image_count(self, replacement: str, tiles: list[int]) -> ImageCount:

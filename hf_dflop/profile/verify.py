@@ -18,16 +18,24 @@ __all__ = ["check_row", "measure"]
 
 
 def measure(batch: dict[str, Any], counter: "TokenCounter") -> dict[str, int]:
-    """The counts of a batch of one row, by the field names of `Shapes` (all but `num_images`)."""
+    """The counts of a batch of one row, by the field names of `Shapes`; numbers of images and sounds are left out."""
     tiles = counter.tiles_of(batch)
     length = int(batch["attention_mask"].sum())
-    image_tokens = int(np.isin(batch["input_ids"].numpy(), counter.feature_ids).sum())
+    chunks = [] if counter.audio is None else counter.audio.chunks_of(batch)
+    features = int(np.isin(batch["input_ids"].numpy(), counter.feature_ids).sum())
+    heard = () if counter.audio is None else (counter.audio.token.feature_id,)
+    audio_tokens = int(np.isin(batch["input_ids"].numpy(), heard).sum())
+    image_tokens = features - audio_tokens
     return {
         "image_tiles": len(tiles),
         "image_patches": sum(tiles),
         "image_patches_sq": sum(patches**2 for patches in tiles),
         "image_tokens": image_tokens,
-        "text_tokens": length - image_tokens,
+        "text_tokens": length - features,
+        "audio_chunks": len(chunks),
+        "audio_frames": sum(chunks),
+        "audio_frames_sq": sum(frames**2 for frames in chunks),
+        "audio_tokens": audio_tokens,
         "label_tokens": int((batch["labels"][:, 1:] != -100).sum()),
     }
 

@@ -1,11 +1,11 @@
 """Rows → the batch of tensors that the model gets, by really running the processor.
 
-The one place where samples become tensors. Rows with and without images or videos go through the processor apart,
-since processors differ in how they take a batch where only some rows have images; the two halves are joined by right
-padding, in the order of the rows. Of a video, the frames that the processor samples are decoded and no others.
+The one place where samples become tensors. Rows with and without images, videos or sounds go through the processor
+apart, since processors differ in how they take a batch where only some rows have images; the two halves are joined by
+right padding, in the order of the rows. Of a video, the frames that the processor samples are decoded and no others.
 
 Output: the processor's own keys (`input_ids`, `attention_mask`, `pixel_values`, ...) and `labels`, -100 where
-nothing is learned. Without an image or a video in any row, there are no pixel keys.
+nothing is learned. Without an image or a video in any row, there are no pixel keys, and without a sound no audio keys.
 """
 
 from collections.abc import Sequence
@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 
 from hf_dflop.errors import DatasetError, ProcessorError
+from hf_dflop.rows.audio import load_audio
 from hf_dflop.rows.images import load_image
 from hf_dflop.rows.labels import holes_of, labelled, shift_spans
 from hf_dflop.rows.layout import Row
-from hf_dflop.rows.render import Rendered, Renderer
+from hf_dflop.rows.render import Rendered, Renderer, audio_extractor
 from hf_dflop.rows.video_run import run_without_pixels
 from hf_dflop.rows.videos import load_frames, video_info
 
@@ -51,7 +52,7 @@ def encode(
         image and video keys of the processor.
 
     Raises:
-        DatasetError: a row cannot be processed, or `max_length` would cut an image or a video.
+        DatasetError: a row cannot be processed, or `max_length` would cut an image, a video or a sound.
     """
     if not rows:
         raise DatasetError("there are no rows to encode")
@@ -62,7 +63,7 @@ def encode(
     text_columns: list[dict[str, np.ndarray]] = [{} for _ in rows]
     image_columns: dict[str, Any] = {}
     for with_pixels in (True, False):
-        picked = [i for i, row in enumerate(rows) if bool(row.images or row.videos) is with_pixels]
+        picked = [i for i, row in enumerate(rows) if bool(row.images or row.videos or row.audios) is with_pixels]
         if not picked:
             continue
         chosen, texts = [rows[i] for i in picked], [rendered[i] for i in picked]
@@ -105,13 +106,18 @@ def _process(processor: Any, rows: Sequence[Row], texts: Sequence[Rendered], max
             "return_metadata": True,  # some write timestamps only with it
             "return_tensors": "pt",
         }
+    if sounds := [sound for row in rows for sound in _sounds(processor, row)]:
+        kwargs["audio"] = sounds
+        rate = audio_extractor(processor).sampling_rate
+        kwargs["audio_kwargs"] = {"sampling_rate": rate, "return_tensors": "pt"}
     try:
         output = dict(processor(**kwargs))
     except Exception as error:
         if len(rows) > 1:
             for row, text in zip(rows, texts, strict=True):
                 _process(processor, [row], [text], max_length)
-        hint = "; max_length would cut an image or a video: raise it" if "count between text" in str(error) else ""
+        cut = "count between text" in str(error)
+        hint = "; max_length would cut an image, a video or a sound: raise it" if cut else ""
         raise DatasetError(f"{rows[0].name}: {type(processor).__name__} failed: {error}{hint}") from error
     output.pop("video_metadata", None)
     if suffixes and max_length is not None:
@@ -141,16 +147,26 @@ def _clips(processor: Any, row: Row) -> list[tuple[Any, dict[str, Any]]]:
     return clips
 
 
+def _sounds(processor: Any, row: Row) -> list[np.ndarray]:
+    """The samples of each sound of a row, `(num_samples,)`, at the rate that the processor asks for."""
+    return [
+        load_audio(cell, int(audio_extractor(processor).sampling_rate), where=f"{row.name}, sound {i}")
+        for i, cell in enumerate(row.audios)
+    ]
+
+
 def _text_columns(
     output: dict[str, Any], texts: Sequence[Rendered], renderer: Renderer
 ) -> list[dict[str, np.ndarray]]:
     """Take the text keys out of the output; per row, arrays without padding, labels among them."""
     input_ids = output["input_ids"]
-    replaced = output.pop("text_replacement_offsets", None) or [[] for _ in texts]
+    replaced = output.pop("text_replacement_offsets", None)
+    replaced = [[] for _ in texts] if replaced is None or not len(replaced) else replaced
     offsets = output.pop("offset_mapping", None)
     suffix_labels = output.pop("labels", None)
-    keys = [k for k, v in output.items() if _is_text_key(v, input_ids)]
-    taken = {key: output.pop(key) for key in keys}
+    # A mask of features may have the shape of the text by chance.
+    keys = [k for k, v in output.items() if _is_text_key(v, input_ids) and "feature" not in k and "audio" not in k]
+    taken = {key: np.asarray(output.pop(key)) for key in keys}  # some give tensors whatever is asked
     rows = []
     for i, text in enumerate(texts):
         length = int(np.sum(taken["attention_mask"][i]))

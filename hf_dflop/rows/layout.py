@@ -1,7 +1,7 @@
 """Find out how a dataset writes its samples, and read every one as the same `Row`.
 
 Inputs: a row (a dict) and, where there are, the features of the dataset. Output: a `Layout`, and with it each row
-as messages with content parts, a list of image cells and a list of video cells. Layouts are told apart by the
+as messages with content parts, and lists of image, video and audio cells. Layouts are told apart by the
 structure of the columns:
 
     messages        list of {role, content}; content is text (with `<image>` markers) or a list of parts
@@ -9,12 +9,11 @@ structure of the columns:
     texts           list of {user, assistant} (the_cauldron, FineVision)
     question        a question column and an answer column
     caption         one text column: a document when it has `<image>` markers, else what is said of the images
-    (a function)    row → {"messages": [...], "images": [...], "videos": [...]}
+    (a function)    row → {"messages": [...], "images": [...], "videos": [...], "audios": [...]}
 
-Assumptions: samples have text, images and videos. A row with a sound is refused, since its tokens are not counted;
-rows beside it whose cells are empty are read. Images and videos without any marker belong to the first user turn. A
-row of videos alone may mark them with `<video>` or with `<image>`. One line break beside a marker belongs to it, since
-chat templates write their own.
+Assumptions: samples have text, images, videos and sounds. Images, videos and sounds without any marker belong to the
+first user turn. A row of videos alone may mark them with `<video>` or with `<image>`; a sound is marked with
+`<audio>`. One line break beside a marker belongs to it, since chat templates write their own.
 """
 
 import difflib
@@ -24,6 +23,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hf_dflop.errors import DatasetError
+from hf_dflop.rows.audio import audio_cells
 from hf_dflop.rows.videos import video_cells
 from hf_dflop.shapes import COLUMN_PREFIX
 
@@ -42,7 +42,7 @@ _ANSWER_COLUMNS = ("answer", "answers", "response", "output", "completion", "sol
 _CAPTION_COLUMNS = ("text", "caption", "captions", "txt")
 _IMAGE_COLUMNS = ("images", "image", "img", "picture", "pictures")
 _VIDEO_COLUMNS = ("videos", "video")
-_SOUND_COLUMNS = ("audios", "audio")
+_AUDIO_COLUMNS = ("audios", "audio")
 _ROLES = {
     "human": "user",
     "user": "user",
@@ -55,11 +55,7 @@ _ROLES = {
     "developer": "system",
     "tool": "tool",
 }
-_MARKERS = {
-    False: re.compile(r"\n?<(image)>\n?"),
-    True: re.compile(r"\n?<(image|video)>\n?"),
-}
-"""What stands for an image; of a row with videos, `<video>` is no text either."""
+_KINDS = ("image", "video", "audio")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,12 +63,14 @@ class Row:
     """One sample in the form that every later step reads."""
 
     messages: list[dict[str, Any]]
-    """Turns `{"role", "content"}`; content is a list of `{"type": "text", "text"}`, `{"type": "image"}` and
-    `{"type": "video"}`."""
+    """Turns `{"role", "content"}`; content is a list of `{"type": "text", "text"}`, `{"type": "image"}`,
+    `{"type": "video"}` and `{"type": "audio"}`."""
     images: list[Any]
     """Image cells in the order of the image parts: `{"bytes", "path"}`, a path, or a PIL image."""
     videos: list[Any] = field(default_factory=list)
     """Video cells in the order of the video parts: `{"bytes", "path"}`, a path, or a list of image cells (frames)."""
+    audios: list[Any] = field(default_factory=list)
+    """Audio cells in the order of the audio parts: `{"bytes", "path"}`, a path, or `{"array", "sampling_rate"}`."""
     index: int | None = None
     """Row of the dataset, for error messages."""
 
@@ -94,8 +92,8 @@ class Layout:
     """Column that holds the image or the images."""
     video_column: str | None = None
     """Column that holds the video or the videos."""
-    sound_columns: tuple[str, ...] = ()
-    """Columns of sounds; a row in which one is not empty is refused."""
+    audio_column: str | None = None
+    """Column that holds the sound or the sounds."""
     function: Callable[[dict[str, Any]], Mapping[str, Any]] | None = None
     """The user's own reader; it gets undecoded images when tokens are counted."""
 
@@ -104,8 +102,8 @@ class Layout:
         """Columns that `read_row` looks at; `None` stands for all of them."""
         if self.function is not None:
             return None
-        media = tuple(column for column in (self.image_column, self.video_column) if column is not None)
-        return self.text_columns + media + self.sound_columns
+        media = (self.image_column, self.video_column, self.audio_column)
+        return self.text_columns + tuple(column for column in media if column is not None)
 
 
 def detect_layout(
@@ -137,15 +135,14 @@ def detect_layout(
         return Layout(kind="function", function=layout)
     if layout != "auto" and layout not in LAYOUTS:
         raise DatasetError(f"unknown layout {layout!r}; expected 'auto', a function, or one of {LAYOUTS}")
-    sounds = tuple(c for c in columns if c in _SOUND_COLUMNS or _holds(features.get(c), "Audio"))
-    videos = [c for c in columns if c not in sounds and _is_video_column(c, row[c], features.get(c))]
-    named = [c for c in _VIDEO_COLUMNS if c in videos]
-    if len(videos) > 1 and not named:
-        raise DatasetError(f"columns {videos} all hold videos; pass layout= a function that returns the videos")
-    video = named[0] if named else videos[0] if videos else None
+    sounds = [c for c in columns if _is_column_of("audio", _AUDIO_COLUMNS, c, row[c], features.get(c))]
+    videos = [
+        c for c in columns if c not in sounds and _is_column_of("video", _VIDEO_COLUMNS, c, row[c], features.get(c))
+    ]
+    audio, video = _one_of(sounds, _AUDIO_COLUMNS, "sounds"), _one_of(videos, _VIDEO_COLUMNS, "videos")
     columns = [name for name in columns if name not in sounds and name not in videos]
     found = _detect(row, features, columns, layout, image_column)
-    return replace(found, video_column=video, sound_columns=sounds)
+    return replace(found, video_column=video, audio_column=audio)
 
 
 def _detect(
@@ -200,24 +197,22 @@ def read_row(row: Mapping[str, Any], layout: Layout, *, index: int | None = None
                 f'{name}: the layout function returned {type(given).__name__}; expected {{"messages", "images"}}'
             )
         turns, images, videos = list(given["messages"]), _cells(given.get("images")), video_cells(given.get("videos"))
+        audios = audio_cells(given.get("audios"))
     else:
-        for column in layout.sound_columns:
-            if row.get(column) not in (None, [], "", b""):
-                raise DatasetError(
-                    f"{name}: column {column!r} holds a sound, whose tokens are not counted; leave such rows out "
-                    "(on_error='skip' does)"
-                )
         turns = _turns(row, layout, name)
         images = _cells(row.get(layout.image_column)) if layout.image_column else []
         videos = video_cells(row.get(layout.video_column)) if layout.video_column else []
-    messages, inline = _normalise(turns, name, bool(videos))
+        audios = audio_cells(row.get(layout.audio_column)) if layout.audio_column else []
+    marked = ["image", *(["video"] if videos else []), *(["audio"] if audios else [])]
+    messages, inline = _normalise(turns, name, marked)
     if not messages:
         raise DatasetError(f"{name}: has no text: its turns are empty or missing")
     kinds = [part["type"] for turn in messages for part in turn["content"]]
     if videos and not images and "video" not in kinds and kinds.count("image") == len(videos):
         for turn in messages:
             turn["content"] = [{"type": "video"} if p["type"] == "image" else p for p in turn["content"]]
-    cells = {"image": images, "video": videos}
+    cells = {"image": images, "video": videos, "audio": audios}
+    columns = {"image": layout.image_column, "video": layout.video_column, "audio": layout.audio_column}
     for kind, given_cells in cells.items():
         placed = sum(part["type"] == kind for turn in messages for part in turn["content"])
         if not given_cells and inline[kind] and len(inline[kind]) == placed:
@@ -228,10 +223,10 @@ def read_row(row: Mapping[str, Any], layout: Layout, *, index: int | None = None
             placed = len(given_cells)
         if placed != len(given_cells):
             hint = ""
-            if layout.function is None and (layout.image_column if kind == "image" else layout.video_column) is None:
+            if layout.function is None and columns[kind] is None:
                 hint = f"; no {kind} column was found. " + _columns_hint(kind + "s", list(row))
             raise DatasetError(f"{name}: {placed} {kind} placeholders but {len(given_cells)} {kind}s{hint}")
-    return Row(messages=messages, images=cells["image"], videos=cells["video"], index=index)
+    return Row(messages=messages, images=cells["image"], videos=cells["video"], audios=cells["audio"], index=index)
 
 
 def _turns(row: Mapping[str, Any], layout: Layout, name: str) -> list[dict[str, Any]]:
@@ -258,11 +253,11 @@ def _turns(row: Mapping[str, Any], layout: Layout, name: str) -> list[dict[str, 
 
 
 def _normalise(
-    turns: Iterable[Mapping[str, Any]], name: str, has_videos: bool
+    turns: Iterable[Mapping[str, Any]], name: str, marked: Sequence[str]
 ) -> tuple[list[dict[str, Any]], dict[str, list[Any]]]:
-    """Turns with content parts, and the image and video cells that were written inside the parts."""
+    """Turns with content parts, and the image, video and audio cells that were written inside the parts."""
     messages: list[dict[str, Any]] = []
-    inline: dict[str, list[Any]] = {"image": [], "video": []}
+    inline: dict[str, list[Any]] = {kind: [] for kind in _KINDS}
     for turn in turns:
         role = _ROLES.get(str(turn.get("role", "")).lower())
         if role is None:
@@ -277,7 +272,7 @@ def _normalise(
         messages.append({"role": role, "content": parts, **extra})
     if all(part["type"] == "text" for turn in messages for part in turn["content"]):
         for turn in messages:
-            turn["content"] = [piece for part in turn["content"] for piece in _split(part["text"], has_videos)]
+            turn["content"] = [piece for part in turn["content"] for piece in _split(part["text"], marked)]
     return messages, inline
 
 
@@ -295,13 +290,13 @@ def _parts(content: Any, name: str) -> list[dict[str, Any]]:
         if kind == "text":
             if part.get("text"):
                 parts.append({"type": "text", "text": part["text"]})
-        elif kind in ("image", "image_url", "video", "video_url"):
+        elif isinstance(kind, str) and kind.removesuffix("_url") in _KINDS:
             kind = kind.removesuffix("_url")
             keys = (kind, "path", "url", f"{kind}_url")
             cell = next((part[k] for k in keys if part.get(k) is not None), None)
             if isinstance(cell, Mapping) and "url" in cell:
                 cell = cell["url"]
-            asked = [k for k, v in part.items() if v is not None and k not in ("type", "text", "image", *keys)]
+            asked = [k for k, v in part.items() if v is not None and k not in ("type", "text", *_KINDS, *keys)]
             if kind == "video" and asked:
                 raise DatasetError(
                     f"{name}: a video part asks for {asked[0]}={part[asked[0]]!r} of its own, which processors do not "
@@ -310,15 +305,15 @@ def _parts(content: Any, name: str) -> list[dict[str, Any]]:
             parts.append({"type": kind, "cell": cell})
         else:
             raise DatasetError(
-                f"{name}: content part of type {kind!r}; only 'text', 'image' and 'video' parts are understood"
+                f"{name}: content part of type {kind!r}; only text, image, video and audio parts are understood"
             )
     return parts
 
 
-def _split(text: str, has_videos: bool) -> list[dict[str, Any]]:
-    """Text with its markers taken out, each a part of its own."""
+def _split(text: str, marked: Sequence[str]) -> list[dict[str, Any]]:
+    """Text with its markers taken out, each a part of its own; of a row without videos, `<video>` is text."""
     pieces: list[dict[str, Any]] = []
-    for position, piece in enumerate(_MARKERS[has_videos].split(text)):
+    for position, piece in enumerate(re.split(rf"\n?<({'|'.join(marked)})>\n?", text)):
         if position % 2:
             pieces.append({"type": piece})
         elif piece:
@@ -349,10 +344,19 @@ def _columns_hint(wanted: str, columns: Sequence[str]) -> str:
     return f"Columns: {list(columns)}" + (f"; did you mean image_column={close[0]!r}?" if close else "")
 
 
-def _is_video_column(name: str, value: Any, feature: Any) -> bool:
+def _is_column_of(kind: str, names: Sequence[str], name: str, value: Any, feature: Any) -> bool:
     if isinstance(value, list | tuple) and value:
         value = value[0]
-    return name in _VIDEO_COLUMNS or _holds(feature, "Video") or type(value).__name__ == "VideoDecoder"
+    decoder = kind.capitalize() + "Decoder"
+    return name in names or _holds(feature, kind.capitalize()) or type(value).__name__ == decoder
+
+
+def _one_of(found: Sequence[str], names: Sequence[str], kind: str) -> str | None:
+    """The column that is meant among those that hold videos or sounds."""
+    named = [name for name in names if name in found]
+    if len(found) > 1 and not named:
+        raise DatasetError(f"columns {found} all hold {kind}; pass layout= a function that returns the {kind}")
+    return named[0] if named else found[0] if found else None
 
 
 def _holds(feature: Any, kind: str) -> bool:

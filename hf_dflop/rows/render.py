@@ -1,4 +1,4 @@
-"""A row as text: one placeholder per image and per video, and the character spans that are learned.
+"""A row as text: one placeholder per image, video and sound, and the character spans that are learned.
 
 Input: a `Row`. Output: `Rendered`. The text comes from the chat template of the processor, else of its tokenizer.
 Without a template, turns are joined plainly: their contents in order, a line break between turns, the tokenizer's
@@ -19,12 +19,22 @@ from hf_dflop.rows.labels import Span, check_policy
 from hf_dflop.rows.layout import Row
 from hf_dflop.rows.template import ChatTemplate, find_template
 
-__all__ = ["ImageToken", "Rendered", "Renderer", "feature_ids", "image_token", "video_token"]
+__all__ = [
+    "ImageToken",
+    "Rendered",
+    "Renderer",
+    "audio_extractor",
+    "audio_token",
+    "feature_ids",
+    "image_token",
+    "image_token_or_none",
+    "video_token",
+]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImageToken:
-    """The two faces of an image (or a video) in text."""
+    """The two faces of an image (or a video, or a sound) in text."""
 
     placeholder: str
     """Stands for one whole image in the text that the processor gets."""
@@ -56,6 +66,17 @@ def image_token(processor: Any) -> ImageToken:
     return ImageToken(placeholder=placeholder, feature=feature, feature_id=int(feature_id))
 
 
+def image_token_or_none(processor: Any) -> ImageToken | None:
+    """`image_token`; `None` for a processor that takes sounds and no images.
+
+    Raises:
+        ProcessorError: it takes neither.
+    """
+    if getattr(processor, "image_processor", None) is None and audio_token(processor) is not None:
+        return None
+    return image_token(processor)
+
+
 def video_token(processor: Any) -> ImageToken | None:
     """The placeholder and the feature token of videos; `None` where the processor has none.
 
@@ -72,9 +93,28 @@ def video_token(processor: Any) -> ImageToken | None:
     return ImageToken(placeholder=placeholder, feature=feature, feature_id=int(feature_id))
 
 
+def audio_token(processor: Any) -> ImageToken | None:
+    """The placeholder and the feature token of sounds; `None` where the processor takes none."""
+    placeholder = getattr(processor, "audio_token", None)
+    if not isinstance(placeholder, str) or audio_extractor(processor) is None:
+        return None
+    declared = [i for i in (getattr(processor, "audio_token_ids", None) or []) if i is not None]
+    feature_id = declared[0] if declared else processor.tokenizer.get_vocab().get(placeholder)
+    if feature_id is None:
+        return None
+    feature = processor.tokenizer.convert_ids_to_tokens(feature_id)
+    return ImageToken(placeholder=placeholder, feature=feature, feature_id=int(feature_id))
+
+
+def audio_extractor(processor: Any) -> Any:
+    """What turns samples of sounds into features: `audio_processor`, or `feature_extractor`; `None` without one."""
+    found = getattr(processor, "audio_processor", None) or getattr(processor, "feature_extractor", None)
+    return found if callable(found) else None
+
+
 def feature_ids(processor: Any) -> tuple[int, ...]:
-    """Ids of the tokens that stand where features of images and videos are."""
-    tokens = (image_token(processor), video_token(processor))
+    """Ids of the tokens that stand where features of images, videos and sounds are."""
+    tokens = (image_token_or_none(processor), video_token(processor), audio_token(processor))
     return tuple(sorted({token.feature_id for token in tokens if token is not None}))
 
 
@@ -83,7 +123,7 @@ class Rendered:
     """A row as text."""
 
     text: str
-    """Text with one placeholder per image and per video."""
+    """Text with one placeholder per image, video and sound."""
     spans: list[Span]
     """Character spans of `text` that are learned."""
     suffix: str | None = None
@@ -105,8 +145,9 @@ class Renderer:
         check_policy(labels)
         self.processor = processor
         self.labels = labels
-        self.token = image_token(processor)
+        self.token = image_token_or_none(processor)
         self.video_token = video_token(processor)
+        self.audio_token = audio_token(processor)
         self.feature_ids = feature_ids(processor)
         self.takes_suffix = "suffix" in inspect.signature(type(processor).__call__).parameters
         found = find_template(processor)
@@ -119,13 +160,23 @@ class Renderer:
         """Render a row.
 
         Raises:
-            DatasetError: the row has videos and the processor takes none, or the text holds a different number of
-                placeholders than the row has images or videos.
+            DatasetError: the row has videos or sounds and the processor takes none, or the text holds a different
+                number of placeholders than the row has images, videos or sounds.
             ProcessorError: the template renders turns in a way from which the assistant's part cannot be told.
         """
         if row.videos and self.video_token is None:
             raise DatasetError(
                 f"{row.name}: holds a video, and {type(self.processor).__name__} takes none; leave such rows out "
+                "(on_error='skip' does)"
+            )
+        if row.images and self.token is None:
+            raise DatasetError(
+                f"{row.name}: holds an image, and {type(self.processor).__name__} takes none; leave such rows out "
+                "(on_error='skip' does)"
+            )
+        if row.audios and self.audio_token is None:
+            raise DatasetError(
+                f"{row.name}: holds a sound, and {type(self.processor).__name__} takes none; leave such rows out "
                 "(on_error='skip' does)"
             )
         if self.takes_suffix:
@@ -134,7 +185,11 @@ class Renderer:
             rendered = self._plain(row)
         else:
             rendered = self._templated(row)
-        for kind, token, cells in (("image", self.token, row.images), ("video", self.video_token, row.videos)):
+        for kind, token, cells in (
+            ("image", self.token, row.images),
+            ("video", self.video_token, row.videos),
+            ("audio", self.audio_token, row.audios),
+        ):
             found = 0 if token is None else rendered.text.count(token.placeholder)
             # A row without videos may say what the placeholder is called; the processor then reads it as text.
             if token is not None and found != len(cells) and (kind == "image" or cells):
@@ -202,9 +257,9 @@ class Renderer:
         return Rendered(text=text, spans=[], suffix=self._flat(last["content"]))
 
     def _flat(self, parts: Sequence[dict[str, Any]]) -> str:
-        # A row with a video is refused before, where the processor has no token for it.
-        video = "" if self.video_token is None else self.video_token.placeholder
-        media = {"image": self.token.placeholder, "video": video}
+        # A row with a video or a sound is refused before, where the processor has no token for it.
+        tokens = {"image": self.token, "video": self.video_token, "audio": self.audio_token}
+        media = {kind: "" if token is None else token.placeholder for kind, token in tokens.items()}
         return "".join(part["text"] if part["type"] == "text" else media[part["type"]] for part in parts)
 
     def _render(self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = False) -> str:

@@ -1,4 +1,4 @@
-"""What a cell of an image or a video gives to a library that opens files: a path, or an open file.
+"""What a cell of an image, a video or a sound gives to a library that opens files: a path, or an open file.
 
 In: `{"bytes", "path"}` as `datasets` gives it undecoded, bytes, a path, an open file. Out: a path or an open file.
 """
@@ -18,7 +18,7 @@ def file_source(cell: Any, *, where: str, kind: str, expected: str) -> Any:
     Args:
         cell (`Any`): of a dataset.
         where (`str`): what an error names.
-        kind (`str`): "image" or "video".
+        kind (`str`): "image", "video" or "sound".
         expected (`str`): what a cell may be, for an error.
 
     Raises:

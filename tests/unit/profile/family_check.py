@@ -24,6 +24,7 @@ from hf_dflop.profile.video_count import VideoCounter
 from hf_dflop.rows import Layout, Row, encode
 from hf_dflop.rows.render import video_token
 from hf_dflop.rows.videos import VideoInfo
+from tests.unit.profile.audio_check import audio_table
 from tests.unit.rows.families import NotBuilt, build, families, processor_class, templates, video_processor
 
 SIZES = (
@@ -63,9 +64,6 @@ Video files are read by PyAV (`pip install "hf_dflop[video]"`): number of frames
 header, packets counted where it keeps no number. Lists of frames have no rate: processors that sample by time refuse
 them, as they do in training. Processors that stack videos (LLaVA-OneVision, InternVL) take videos of one length in a
 microbatch; set `num_frames`.
-
-Sounds are refused by name. Their tokens would be counted as images' are, but no column holds the encoder that they pay
-for, and a profile without it would tell too little of what such a row costs.
 
 | model type | processor | counted by | result | videos |
 |---|---|---|---|---|
@@ -201,7 +199,7 @@ def table() -> str:
         result = found.result + (f": {found.reason}" if found.reason else "")
         lines.append(f"| {family} | {processor_class(family)} | {found.structure} | {result} | {found.videos} |\n")
     head = HEAD.format(version=transformers.__version__, num_sizes=len(SIZES), num_clips=len(CLIPS))
-    return head + "".join(lines)
+    return head + "".join(lines) + audio_table()
 
 
 if __name__ == "__main__":

@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 import transformers
 
+from tests.unit.profile.audio_check import LENGTHS, audio_verdict
 from tests.unit.profile.family_check import SIZES, table, verdict
+from tests.unit.rows.audio_families import audio_families
 from tests.unit.rows.families import families, processor_class
 
 FAMILIES = sorted(families())
@@ -40,6 +42,15 @@ def test_enough_families_are_exact_for_videos() -> None:
         "smolvlm",
     } <= exact
     assert len(exact) >= 20, exact
+
+
+def test_no_family_counts_sounds_wrongly() -> None:
+    found = {family: audio_verdict(family) for family in audio_families()}
+    assert not {family: told for family, told in found.items() if told.startswith("wrong")}
+    exact = {family for family, told in found.items() if told == "exact"}
+    assert len(LENGTHS) >= 20
+    assert {"qwen2_audio", "qwen2_5_omni", "audioflamingo3", "gemma4"} <= exact, found
+    assert "depends on the others of its microbatch" in found["qwen3_omni_moe"]
 
 
 def test_the_table_of_the_docs_is_what_is_found() -> None:

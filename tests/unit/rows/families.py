@@ -85,7 +85,9 @@ def templates(processor: Any) -> list[str]:
     return [tiny.CHATML.replace("IMAGE", image) for image in around]
 
 
-def _assemble(cls: Any, images: Any, videos: Any, config: Any, source: str, said: dict[str, str]) -> Any:
+def _assemble(
+    cls: Any, images: Any, videos: Any, config: Any, source: str, said: dict[str, str], sounds: Any = None
+) -> Any:
     named = sorted(
         name
         for name in set(re.findall(r"tokenizer(?:\.|, [\"'])(\w+_token)(?:_id)?\b", source))
@@ -109,8 +111,8 @@ def _assemble(cls: Any, images: Any, videos: Any, config: Any, source: str, said
             given[name] = tokenizer
         elif name == "video_processor":
             given[name] = videos
-        elif name in ("feature_extractor", "audio_processor") and not _optional(parameter):
-            given[name] = _Stand(images)
+        elif name in ("feature_extractor", "audio_processor") and (sounds is not None or not _optional(parameter)):
+            given[name] = _Stand(images) if sounds is None else sounds
         elif parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
             continue
         elif name in guesses and parameter.default in (None, inspect.Parameter.empty):

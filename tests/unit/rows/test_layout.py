@@ -105,7 +105,8 @@ def test_features_decide_where_the_first_row_is_empty() -> None:
         ({"a": CELL, "b": CELL, "text": "x"}, {}, r"columns \['a', 'b'\] all hold images"),
         (SAME[0], {"layout": "massages"}, "unknown layout 'massages'"),
         ({"messages": [{"role": "cat", "content": ""}]}, {}, "row 3: unknown role 'cat'"),
-        ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, {}, "content part of type 'audio'"),
+        ({"messages": [{"role": "user", "content": [{"type": "smell"}]}]}, {}, "content part of type 'smell'"),
+        ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, {}, "1 audio placeholders but 0 audios"),
         ({"question": "x", "answer": 3}, {}, "row 3: column 'answer' holds int"),
     ],
 )

@@ -24,6 +24,7 @@ SPECIAL = [
     *("<start_of_image>", "<image_soft_token>", "<end_of_image>", "[IMG]", "[IMG_BREAK]", "[IMG_END]"),
     *("<|START_OF_IMG|>", "<|END_OF_IMG|>", "<|IMG_PATCH|>", "<|IMG_LINE_BREAK|>", "TILE_GLOBAL"),
     *(f"TILE_{i}" for i in range(1, 13)),
+    *("<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>"),
 ]
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
@@ -265,3 +266,43 @@ CONFIG = SimpleNamespace(vision_config=SimpleNamespace(patch_size=14))
 def config_of(build: Any) -> Any:
     """The config to pass: none where the processor knows its patch size."""
     return CONFIG if build in (internvl, idefics3, smolvlm, gemma3, gemma3_crops, paligemma, aya_vision) else None
+
+
+def whisper_features() -> Any:
+    from transformers import WhisperFeatureExtractor
+
+    return WhisperFeatureExtractor(feature_size=8)
+
+
+def qwen2_audio() -> Any:
+    """Sounds and no images."""
+    from transformers import Qwen2AudioProcessor
+
+    named = tokenizer(audio_token="<|AUDIO|>", audio_bos_token="<|audio_bos|>", audio_eos_token="<|audio_eos|>")
+    template = AUDIO_CHATML.replace("SOUND", "<|audio_bos|><|AUDIO|><|audio_eos|>")
+    return Qwen2AudioProcessor(whisper_features(), named, chat_template=template)
+
+
+def qwen2_5_omni() -> Any:
+    """Images and sounds."""
+    from transformers.models.qwen2_5_omni.processing_qwen2_5_omni import Qwen2_5OmniProcessor
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    images = Qwen2VLImageProcessorPil(size={"shortest_edge": 4 * 28**2, "longest_edge": 256 * 28**2}, patch_size=14)
+    named = tokenizer(
+        image_token="<|image_pad|>", video_token="<|video_pad|>", audio_token="<|AUDIO|>",
+        vision_bos_token="<|vision_start|>", vision_eos_token="<|vision_end|>", audio_bos_token="<|audio_bos|>",
+        audio_eos_token="<|audio_eos|>",
+    )  # fmt: skip
+    template = AUDIO_CHATML.replace("SOUND", "<|audio_bos|><|AUDIO|><|audio_eos|>")
+    template = template.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>")
+    return _lenient(
+        lambda: Qwen2_5OmniProcessor(
+            images, SimpleNamespace(merge_size=2), whisper_features(), named, chat_template=template
+        )
+    )
+
+
+AUDIO_CHATML = CHATML.replace(
+    "{% else %}{{ c['text'] }}", "{% elif c['type'] == 'audio' %}SOUND{% else %}{{ c['text'] }}"
+)
