@@ -13,11 +13,11 @@ from hf_dflop.pipeline.structure import read_structure
 from tests.distributed import pipelines
 
 
-def _grads(part: LlmPart, inputs: dict[str, Any], rows: torch.Tensor, form: Any) -> list[torch.Tensor]:
+def _grads(part: LlmPart, inputs: dict[str, Any], rows: torch.Tensor, forms: Any) -> list[torch.Tensor]:
     """Those of the features, then of the parameters; and the stage's output first."""
     part.zero_grad()
     leaf = rows.clone().requires_grad_()
-    output = part(inputs, leaf, form, None)
+    output = part(inputs, leaf, forms, None)
     output.square().sum().backward()
     assert leaf.grad is not None
     return [output.detach(), leaf.grad, *(p.grad for p in part.parameters() if p.grad is not None)]
@@ -31,14 +31,14 @@ def test_received_features_stand_in_for_get_image_features(family: str, monkeypa
     inputs = {key: value for key, value in inputs.items() if key != "labels"}
     encoder, first = (build_part(model, structure, plan, stage) for stage in (0, 1))
     output = encoder.encode(inputs)
-    form = read_format(output)
-    rows = encoder(inputs, None, form).detach()
-    expected = _grads(first, inputs, rows, form)
+    forms = {kind: read_format(features) for kind, features in output.items()}
+    rows = encoder(inputs, None, forms).detach()
+    expected = _grads(first, inputs, rows, forms)
     with monkeypatch.context() as patched:
         patched.setattr(_compat, "_takes_outputs", lambda body: False)
-        found = _grads(first, inputs, rows, form)
+        found = _grads(first, inputs, rows, forms)
         assert not any(name.startswith("get_") for name in vars(first.model.get_submodule(first.body)))
-        assert not torch.equal(expected[0], _grads(first, inputs, rows.flip(0), form)[0])
+        assert not torch.equal(expected[0], _grads(first, inputs, rows.flip(0), forms)[0])
     assert len(expected) == len(found)
     assert all(map(torch.equal, expected, found))
 
