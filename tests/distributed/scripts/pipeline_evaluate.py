@@ -117,11 +117,14 @@ def run(folder: Path) -> None:
     own = trainer.pipe.state_dict()
     kept = sorted(path.name for path in Path(args.output_dir).glob("*-*") if path.is_dir())
     assert kept == [f"checkpoint-{BEST}", f"checkpoint-{STEPS}"], kept
-    best, last = (load_file(Path(args.output_dir, name, "model.safetensors")) for name in kept)
-    names = own.keys() & best.keys()
-    assert names
-    assert all(torch.equal(own[name], best[name]) for name in names)
-    assert not all(torch.equal(own[name], last[name]) for name in names)  # the check can fail
+    model, _, _ = ingredients(torch.float32)
+
+    def load(place: Path) -> dict[str, torch.Tensor]:
+        return dict(type(model).from_pretrained(place, dtype=torch.float32).state_dict())
+
+    best, last = (load(Path(args.output_dir, name)) for name in kept)
+    assert all(torch.equal(value, best[name]) for name, value in own.items())
+    assert not all(torch.equal(value, last[name]) for name, value in own.items())  # the check can fail
     written = [list(load_file(file)) for file in Path(args.output_dir, kept[0], "optimizer").glob("*.safetensors")]
     entries = [entry for file in written for entry in file]
     assert len(written) == args.world_size  # replicas share the writing,
@@ -134,10 +137,9 @@ def run(folder: Path) -> None:
     for name, content in pushed.items():
         (repository / name).parent.mkdir(parents=True, exist_ok=True)
         (repository / name).write_bytes(content)
-    model, _, _ = ingredients(torch.float32)
     for place, expected in ((repository, best), (repository / "last-checkpoint", last)):
-        state = type(model).from_pretrained(place, dtype=torch.float32).state_dict()
-        assert all(torch.equal(state[name], value) for name, value in expected.items())
+        found = load(place)
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
     assert (repository / "last-checkpoint" / "optimizer" / "groups.json").is_file()
     assert not [name for name in pushed if "saving" in name], sorted(pushed)
     print(f"evaluate: pushed {len(pushed)} files", flush=True)
