@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from hf_dflop.errors import ShapeMismatchError
+from hf_dflop.errors import DatasetError, ShapeMismatchError
 from hf_dflop.rows import Layout, Renderer, Row, detect_layout, encode, read_row
 from hf_dflop.rows.encode import IGNORE
 from hf_dflop.rows.images import image_size
@@ -87,6 +87,8 @@ class VisionLanguageCollator:
 
         read = []
         for row in self._read(rows):
+            if row.audios:
+                raise DatasetError(f"{row.name}: holds a sound, and only images are routed without pixels; use DDP")
             sizes = [image_size(cell, where=f"{row.name}, image {i}") for i, cell in enumerate(row.images)]
             read.append(
                 replace(

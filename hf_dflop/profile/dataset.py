@@ -83,7 +83,7 @@ def profile_dataset(
             0. The profiles of all parts make the whole one: `DatasetProfile.merge`.
 
     Returns:
-        `tuple`: the dataset with the seven columns of `hf_dflop.Shapes` added, and its `DatasetProfile`. A
+        `tuple`: the dataset with the columns of `hf_dflop.Shapes` added, and its `DatasetProfile`. A
         `DatasetDict`, or an id or path with several splits of which none was picked, gives a `DatasetDict` and a
         `dict` of profiles. A stream gives a stream that is annotated as it is read.
 

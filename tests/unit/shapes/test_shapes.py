@@ -12,9 +12,9 @@ def _shapes(**changes: object) -> Shapes:
 
 
 def test_llm_tokens_are_image_and_text_tokens() -> None:
-    shapes = _shapes(image_tokens=[4, 0, 8], text_tokens=[10, 20, 30])
-    assert shapes.llm_tokens.tolist() == [14, 20, 38]
-    assert shapes.select([2, 0]).llm_tokens.tolist() == [38, 14]
+    shapes = _shapes(image_tokens=[4, 0, 8], text_tokens=[10, 20, 30], audio_tokens=[1, 2, 0])
+    assert shapes.llm_tokens.tolist() == [15, 22, 38]
+    assert shapes.select([2, 0]).llm_tokens.tolist() == [38, 15]
     assert len(shapes) == 3
 
 
