@@ -15,14 +15,14 @@ from torch import nn
 
 from hf_dflop.errors import ModelError
 
-__all__ = ["call_with_features", "encoder_inputs", "takes_features"]
+__all__ = ["call_with_features", "encoder_inputs", "takes_features", "takes_outputs"]
 
 _PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 
 
 def takes_features(body: nn.Module) -> bool:
     """Whether features from another rank can enter the forward of `body`."""
-    return _takes_outputs(body) or _PIXELS["image"] in _forward_inputs(body)
+    return takes_outputs(body) or _PIXELS["image"] in _forward_inputs(body)
 
 
 def call_with_features(model: nn.Module, body: nn.Module, **given: Any) -> Any:
@@ -36,7 +36,7 @@ def call_with_features(model: nn.Module, body: nn.Module, **given: Any) -> Any:
     Raises:
         ModelError: the forward asks for the features of a modality never, or several times.
     """
-    if "mm_encoder_outputs" not in given or _takes_outputs(body):
+    if "mm_encoder_outputs" not in given or takes_outputs(body):
         return model(**given)
     asked: list[str] = []
 
@@ -70,12 +70,13 @@ def encoder_inputs(body: Any) -> tuple[str, ...]:
     method = inspect.signature(body.get_image_features).parameters
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     names = [p.name for p in method.values() if p.kind in kinds and not p.name.startswith("vision_feature")]
-    if not _takes_outputs(body) and any(p.kind is inspect.Parameter.VAR_KEYWORD for p in method.values()):
+    if not takes_outputs(body) and any(p.kind is inspect.Parameter.VAR_KEYWORD for p in method.values()):
         names += [name for name in ("image_sizes",) if name in _forward_inputs(body) and name not in names]
     return tuple(names)
 
 
-def _takes_outputs(body: nn.Module) -> bool:
+def takes_outputs(body: nn.Module) -> bool:
+    """Whether the forward of `body` takes `mm_encoder_outputs`."""
     return "mm_encoder_outputs" in _forward_inputs(body)
 
 

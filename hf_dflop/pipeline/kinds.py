@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from hf_dflop.errors import ModelError, ShapeMismatchError
+from hf_dflop.pipeline._compat import takes_outputs
 from hf_dflop.pipeline.features import FeatureFormat, flatten, unflatten
 from hf_dflop.plan.plan import Plan
 
@@ -37,8 +38,9 @@ Formats = Mapping[str, FeatureFormat]
 
 
 def takes_videos(body: Any) -> bool:
-    """Whether videos can be run: the model has a method for their features, and tells their placeholders."""
-    return hasattr(body, "get_video_features") and hasattr(body, "get_placeholder_mask")
+    """Whether videos can be run: the model has a method for their features, tells their placeholders, and takes the
+    features themselves (transformers >= 5.18; before, inputs of the method and of the forward have other names)."""
+    return takes_outputs(body) and hasattr(body, "get_video_features") and hasattr(body, "get_placeholder_mask")
 
 
 def is_pixels(key: str) -> bool:
@@ -63,8 +65,8 @@ def refuse_videos(given: Iterable[Mapping[str, Any] | None], name: str, plan: Pl
         return
     if not taken:
         raise ModelError(
-            f"a microbatch holds videos, and the body of {name} has no get_video_features, or no get_placeholder_mask "
-            "that tells where they belong: drop videos, or use DDP."
+            f"a microbatch holds videos, and the body of {name} has no get_video_features, no get_placeholder_mask that "
+            "tells where they belong, or takes no mm_encoder_outputs (transformers >= 5.18): drop videos, or use DDP."
         )
     if plan.vision.num_stages > 1 or plan.vision.tp > 1:
         raise ModelError(

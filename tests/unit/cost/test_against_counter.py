@@ -88,7 +88,8 @@ def test_training_step(name: str, trainable: Trainable, checkpointing: bool) -> 
     for part in llm:
         part.requires_grad_(trainable.llm)
     if checkpointing:
-        model.activation_checkpointing_enable()
+        # an older transformers has the second name alone
+        (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
     with FlopCounterMode(display=False) as counter:
         model(**inputs, use_cache=False).logits.sum().backward()
     spec = ModelSpec.from_config(model.config)
