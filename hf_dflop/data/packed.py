@@ -80,6 +80,8 @@ class PackedCollator:
             for positions of k dimensions (first the position in the sample); `use_cache`, because a cache turns the
             detection of joined samples off; `attention_mask` only where the model has a mask rule of its own.
         """
+        if "input_features" in padded:
+            raise DatasetError("input_features feed an audio encoder; samples with sounds are not packed: pad them")
         import torch
 
         mask = padded.get("attention_mask")

@@ -156,8 +156,10 @@ class Annotator:
         sounds = [self._sounds(row, heard) for row, heard in zip(rows, infos, strict=True)]
         rendered = [self._prepared(self.renderer(row), row) for row in rows]
         folded = [
-            self._expanded(text, *([part.folded for part in parts] for parts in media))
-            for text, *media in zip(rendered, images, videos, sounds, strict=True)
+            self._expanded(
+                text, [part.folded for part in parts], [part.folded for part in clips], [part.folded for part in heard]
+            )
+            for text, parts, clips, heard in zip(rendered, images, videos, sounds, strict=True)
         ]
         tokens = self.tokenise([text for text, _ in folded], [text.add_special_tokens for text in rendered])
         spans = [spans for _, spans in folded]
@@ -168,8 +170,9 @@ class Annotator:
         ):
             parts = [*given, *clips]
             if features != sum(len(part.runs) for part in (*parts, *heard)):
+                image = getattr(self.counter.token, "feature", None)
                 raise DatasetError(
-                    f"{row.name}: the text itself contains the image token {self.counter.token.feature!r}"
+                    f"{row.name}: the text itself contains the image token {image!r}"
                     + ("" if self.renderer.video_token is None else ", or the token of a video")
                     + ("" if self.renderer.audio_token is None else ", or the token of a sound")
                 )

@@ -36,9 +36,10 @@ def processor_fingerprint(processor: Any, labels: str = "assistant", max_length:
         `str`: 16 hexadecimal digits.
     """
     check_policy(labels)
-    tokenizer, images = processor.tokenizer, getattr(processor, "image_processor", None)
+    tokenizer = processor.tokenizer
+    images: Any = getattr(processor, "image_processor", None)
     videos = getattr(processor, "video_processor", None)
-    sounds = audio_extractor(processor) if audio_token(processor) is not None else None
+    sounds: Any = audio_extractor(processor) if audio_token(processor) is not None else None
     backend = getattr(tokenizer, "backend_tokenizer", None)
     # The text before "added_tokens" holds the padding and truncation of the last call, which is no property.
     vocabulary = "" if backend is None else backend.to_str().partition('"added_tokens"')[2]
@@ -47,7 +48,9 @@ def processor_fingerprint(processor: Any, labels: str = "assistant", max_length:
         "processor": type(processor).__name__,
         "settings": _plain(vars(processor), skip=("tokenizer", "image_processor", "video_processor")),
         "image_processor": type(images).__name__.removesuffix("Pil").removesuffix("Fast"),
-        "images": images and _plain(images.to_dict(), skip=("image_processor_type", "processor_class")),
+        "images": None
+        if images is None
+        else _plain(images.to_dict(), skip=("image_processor_type", "processor_class")),
         "videos": None if videos is None or not hasattr(videos, "to_dict") else _plain(videos.to_dict()),
         # Padding is never counted, and trainers set a pad token where there is none.
         "special_tokens": _plain(dict(tokenizer.special_tokens_map), skip=("pad_token",)),
@@ -56,7 +59,7 @@ def processor_fingerprint(processor: Any, labels: str = "assistant", max_length:
         "labels": labels,
         "max_length": max_length,
     }
-    if hasattr(sounds, "to_dict"):
+    if sounds is not None and hasattr(sounds, "to_dict"):
         known["sounds"] = _plain(sounds.to_dict(), skip=("feature_extractor_type", "processor_class"))
     digest = hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode())
     digest.update(vocabulary.encode())

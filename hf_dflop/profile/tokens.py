@@ -76,7 +76,7 @@ class TokenCounter:
                 "(AutoProcessor), not its tokenizer or image processor"
             )
         self.processor = processor
-        self.token = image_token_or_none(processor)
+        self.token: Any = image_token_or_none(processor)
         self.feature_ids = feature_ids(processor)
         self.audio = None if audio_token(processor) is None else AudioCounter(processor, config)
         self._cache: dict[tuple[int, int, bool], ImageCount] = {}

@@ -63,7 +63,7 @@ def annotator(build: Any, labels: str = "assistant", max_length: int | None = No
 def counted_and_real(counts: Annotator, row: Row) -> tuple[dict[str, int], dict[str, int]]:
     counted = counts.count([row])[0]
     batch = encode(counts.counter.processor, [row], labels=counts.renderer.labels, max_length=counts.max_length)
-    return counted, measure(batch, counts.counter) | {"num_images": len(row.images)}
+    return counted, measure(batch, counts.counter) | {"num_images": len(row.images), "num_audios": 0, "audio_ms": 0}
 
 
 @pytest.mark.parametrize("labels", ["assistant", "all"])
