@@ -65,8 +65,9 @@ def refuse_videos(given: Iterable[Mapping[str, Any] | None], name: str, plan: Pl
         return
     if not taken:
         raise ModelError(
-            f"a microbatch holds videos, and the body of {name} has no get_video_features, no get_placeholder_mask that "
-            "tells where they belong, or takes no mm_encoder_outputs (transformers >= 5.18): drop videos, or use DDP."
+            f"a microbatch holds videos, and the body of {name} has no get_video_features, no get_placeholder_mask "
+            "that tells where they belong, or takes no mm_encoder_outputs (transformers >= 5.18): drop videos, or use "
+            "DDP."
         )
     if plan.vision.num_stages > 1 or plan.vision.tp > 1:
         raise ModelError(
