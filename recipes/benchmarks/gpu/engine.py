@@ -54,7 +54,7 @@ class TorchEngine:
         vision, llm = (build_part(model, structure, plan, stage) for stage in (0, 1))
         first = batches[0]
         with torch.no_grad():
-            form: FeatureFormat = read_format(vision.encode({"pixel_values": first["pixel_values"][:1]}))
+            form: FeatureFormat = read_format(vision.encode({"pixel_values": first["pixel_values"][:1]})["image"])
         parts = (LocalVision(vision, form), TorchLlm(llm, form))
         stages = [PipelineStage(part, index, 2, device) for index, part in enumerate(parts)]
         self._schedule = ScheduleInterleaved1F1B(

@@ -62,7 +62,7 @@ class TorchPipeline:
         row = next(i for i in range(len(ingredients.rows)) if ingredients.shapes.image_tokens[i])
         pixels = ingredients.collator([ingredients.rows[row]])["pixel_values"]
         with torch.no_grad():
-            form = read_format(vision.encode({"pixel_values": pixels[:1]}))
+            form = read_format(vision.encode({"pixel_values": pixels[:1]})["image"])
         rank = dist.get_rank()
         module = TorchVision(vision, form) if rank == 0 else TorchLlm(build_part(model, structure, plan, 1), form)
         self.module = module

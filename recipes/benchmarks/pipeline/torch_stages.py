@@ -23,7 +23,7 @@ class TorchVision(nn.Module):
         self.part, self.form = part, form
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        rows: torch.Tensor = self.part({"pixel_values": pixel_values}, None, self.form)
+        rows: torch.Tensor = self.part({"pixel_values": pixel_values}, None, {"image": self.form})
         return rows.clone() if rows._is_view() else rows
 
 
@@ -38,7 +38,7 @@ class TorchLlm(nn.Module):
         count = int(num_features[0])
         divisor = inputs.pop("divisor")[0]
         received = features[:count] if count else None
-        loss = self.part(inputs, received, self.form, divisor).loss
+        loss = self.part(inputs, received, {"image": self.form}, divisor).loss
         if not count:
             loss = loss + (0.0 * features).sum()  # torch wants a gradient of every input, and a contiguous one
         return loss.unsqueeze(0)

@@ -38,8 +38,8 @@ MAX_NORM = 0.5
 LAYERS = {"llava": 2, "lora": 2, "qwen2_5_vl": 3, **({"qwen3_vl_moe": 3} if EVERY_CASE else {})}
 """Of the LLM of each family; "lora" is LLaVA with adapters, "qwen3_vl_moe" has the balancing loss of its routers."""
 TOLERANCE = {"float32": 1e-5, "float64": 1e-9}
-HALF: dict[str, Any] = {"fp16": ({STEPS - 1}, 2.0**15), "bf16": ({STEPS}, None)}
-"""Steps that the optimizer takes, and the last scale of the loss: it begins with 2^16, and one step overflows."""
+HALF: dict[str, Any] = {"fp16": ({STEPS - 2}, 2.0**14), "bf16": ({STEPS}, None)}
+"""Steps that the optimizer takes, and the last scale of the loss: it begins with 2^16, and two steps overflow."""
 
 
 def arguments(folder: Path, replicas: int = 1, **settings: Any) -> TrainingArguments:

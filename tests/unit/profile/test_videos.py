@@ -173,7 +173,7 @@ def test_images_and_videos_in_one_row_and_one_batch() -> None:
 def test_a_cut_through_a_video_is_refused() -> None:
     stock = processor("qwen2_vl")
     counts = Annotator(TokenCounter(stock), Layout(kind="messages"), max_length=20)
-    with pytest.raises(DatasetError, match="images and videos cannot be cut"):
+    with pytest.raises(DatasetError, match="images, videos and sounds cannot be cut"):
         counts.count([clip_row(frames(8))])
 
 
