@@ -42,6 +42,8 @@ _SUMMED_AUDIO = {
     "audio_frames_sq": "frames_sq",
     "audio_tokens": "audio_tokens",
 }
+_NOTHING = dict.fromkeys(("num_images", *_SUMMED, "num_audios", "audio_ms", *_SUMMED_AUDIO), 0)
+"""Of a row of text alone."""
 
 
 class Annotator:
@@ -152,8 +154,8 @@ class Annotator:
         """
         images = [self._images(row) if row.images else [] for row in rows]
         videos = [self._clips(row) if row.videos else [] for row in rows]
-        infos = [self._infos(row) for row in rows]
-        sounds = [self._sounds(row, heard) for row, heard in zip(rows, infos, strict=True)]
+        infos = [self._infos(row) if row.audios else [] for row in rows]
+        sounds = [self._sounds(row, told) if told else [] for row, told in zip(rows, infos, strict=True)]
         rendered = [self._prepared(self.renderer(row), row) for row in rows]
         folded = [
             self._expanded(
@@ -176,10 +178,13 @@ class Annotator:
                     + ("" if self.renderer.video_token is None else ", or the token of a video")
                     + ("" if self.renderer.audio_token is None else ", or the token of a sound")
                 )
-            counts = {field: sum(getattr(part, name) for part in parts) for field, name in _SUMMED.items()}
-            counts |= {field: sum(getattr(part, name) for part in heard) for field, name in _SUMMED_AUDIO.items()}
-            counts |= {"num_audios": len(heard), "audio_ms": sum(round(1000 * info.duration_s) for info in told)}
-            counts |= {"num_images": len(parts), "text_tokens": length - features, "label_tokens": labels}
+            counts = _NOTHING | {"text_tokens": length - features, "label_tokens": labels}
+            if parts:
+                counts |= {field: sum(getattr(part, name) for part in parts) for field, name in _SUMMED.items()}
+                counts["num_images"] = len(parts)
+            if heard:
+                counts |= {field: sum(getattr(part, name) for part in heard) for field, name in _SUMMED_AUDIO.items()}
+                counts |= {"num_audios": len(heard), "audio_ms": sum(round(1000 * info.duration_s) for info in told)}
             if text.suffix is not None:
                 self._add_suffix(counts, text.suffix)
             if self.max_length is not None and _length(counts) > self.max_length:
@@ -217,7 +222,7 @@ class Annotator:
         return [audio_info(cell, where=f"{row.name}{column}, sound {i}") for i, cell in enumerate(row.audios)]
 
     def _sounds(self, row: Row, infos: Sequence[AudioInfo]) -> list[AudioCount]:
-        if not infos or self.counter.audio is None:
+        if self.counter.audio is None:
             return []  # the renderer refuses the row, and says why
         try:
             return self.counter.audio.count(infos)

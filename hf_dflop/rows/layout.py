@@ -17,6 +17,7 @@ first user turn. A row of videos alone may mark them with `<video>` or with `<im
 """
 
 import difflib
+import functools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -211,10 +212,10 @@ def read_row(row: Mapping[str, Any], layout: Layout, *, index: int | None = None
     if videos and not images and "video" not in kinds and kinds.count("image") == len(videos):
         for turn in messages:
             turn["content"] = [{"type": "video"} if p["type"] == "image" else p for p in turn["content"]]
+        kinds = ["video" if kind == "image" else kind for kind in kinds]
     cells = {"image": images, "video": videos, "audio": audios}
-    columns = {"image": layout.image_column, "video": layout.video_column, "audio": layout.audio_column}
     for kind, given_cells in cells.items():
-        placed = sum(part["type"] == kind for turn in messages for part in turn["content"])
+        placed = kinds.count(kind)
         if not given_cells and inline[kind] and len(inline[kind]) == placed:
             cells[kind] = given_cells = inline[kind]
         if not placed and given_cells:
@@ -223,6 +224,7 @@ def read_row(row: Mapping[str, Any], layout: Layout, *, index: int | None = None
             placed = len(given_cells)
         if placed != len(given_cells):
             hint = ""
+            columns = {"image": layout.image_column, "video": layout.video_column, "audio": layout.audio_column}
             if layout.function is None and columns[kind] is None:
                 hint = f"; no {kind} column was found. " + _columns_hint(kind + "s", list(row))
             raise DatasetError(f"{name}: {placed} {kind} placeholders but {len(given_cells)} {kind}s{hint}")
@@ -310,10 +312,15 @@ def _parts(content: Any, name: str) -> list[dict[str, Any]]:
     return parts
 
 
+@functools.cache
+def _markers(kinds: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile(rf"\n?<({'|'.join(kinds)})>\n?")
+
+
 def _split(text: str, marked: Sequence[str]) -> list[dict[str, Any]]:
     """Text with its markers taken out, each a part of its own; of a row without videos, `<video>` is text."""
     pieces: list[dict[str, Any]] = []
-    for position, piece in enumerate(re.split(rf"\n?<({'|'.join(marked)})>\n?", text)):
+    for position, piece in enumerate(_markers(tuple(marked)).split(text)):
         if position % 2:
             pieces.append({"type": piece})
         elif piece:
