@@ -11,8 +11,6 @@ Assumptions: WAV, FLAC, MP3 and Ogg (Opus, Vorbis) tell how many samples come ou
 do not, and are refused. Resampled, `n` samples become `ceil(n · new rate / old rate)`, as librosa and torchaudio do.
 """
 
-import contextlib
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hf_dflop.errors import DatasetError
-from hf_dflop.rows.source import file_source
+from hf_dflop.rows.source import open_container
 
 __all__ = ["AudioInfo", "audio_cells", "audio_info", "load_audio"]
 
@@ -77,7 +75,9 @@ def audio_info(cell: Any, *, where: str = "sound") -> AudioInfo:
     """
     if (array := _array(cell, where)) is not None:
         return AudioInfo(num_samples=array[0].shape[-1], sampling_rate=array[1])
-    with _open(cell, where) as container:
+    with open_container(
+        cell, where=where, kind="sound", stream="audio", without="arrays", expected=_EXPECTED
+    ) as container:
         stream = container.streams.audio[0]
         codec, rate = getattr(stream.codec_context, "name", "unknown"), stream.rate
         if not rate:
@@ -140,40 +140,6 @@ def _array(cell: Any, where: str) -> tuple[npt.NDArray[Any], int] | None:
     return array, rate
 
 
-def _open(cell: Any, where: str) -> Any:
-    """The open container, which has an audio stream."""
-    try:
-        import av
-    except ImportError as error:
-        raise DatasetError(
-            f'{where}: reading a sound file needs PyAV: pip install "hf_dflop[audio]" (arrays do without)'
-        ) from error
-    cell = getattr(cell, "_hf_encoded", cell)  # what datasets keeps beside a decoder
-    source = file_source(cell, where=where, kind="sound", expected=_EXPECTED)
-    try:
-        if told := _missing_bytes(source):
-            raise DatasetError(f"{where}: the file is cut off: {told} bytes are missing")
-        container = av.open(source if hasattr(source, "seek") else str(source))
-    except DatasetError:
-        raise
-    except Exception as error:
-        raise DatasetError(f"{where}: the sound cannot be read: {error}") from error
-    if not container.streams.audio:
-        container.close()
-        raise DatasetError(f"{where}: the file holds no audio stream")
-    return container
-
-
-def _missing_bytes(source: Any) -> int:
-    """Bytes that a WAV file tells of and does not have; a stream of unknown length tells 0 or all ones."""
-    with contextlib.nullcontext(source) if hasattr(source, "seek") else open(source, "rb") as file:
-        head = bytes(file.read(8))
-        size = file.seek(0, os.SEEK_END)
-        file.seek(0)
-    told = int.from_bytes(head[4:], "little")
-    return max(0, told + 8 - size) if head[:4] == b"RIFF" and told not in (0, 2**32 - 1) else 0
-
-
 def _packets(container: Any, where: str) -> tuple[int, int | None]:
     """Length of all packets in the stream's time base, and samples to skip at the start where the file says so."""
     length, skipped = 0, None
@@ -193,7 +159,9 @@ def _decoded(cell: Any, where: str) -> npt.NDArray[np.float32]:
     """`(num_channels, num_samples)`."""
     import av
 
-    with _open(cell, where) as container:
+    with open_container(
+        cell, where=where, kind="sound", stream="audio", without="arrays", expected=_EXPECTED
+    ) as container:
         try:
             layout = container.streams.audio[0].layout.name
             plain = av.AudioResampler(format="fltp", layout=layout)

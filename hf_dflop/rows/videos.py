@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from hf_dflop.errors import DatasetError
 from hf_dflop.rows.images import image_size, load_image
-from hf_dflop.rows.source import file_source
+from hf_dflop.rows.source import open_container
 
 __all__ = ["VideoInfo", "load_frames", "video_cells", "video_info"]
 
@@ -146,29 +146,15 @@ def load_frames(cell: Any, info: VideoInfo, indices: Sequence[int], *, where: st
 
 
 def _open(cell: Any, where: str) -> Any:
-    """The open container, which has a video stream."""
-    try:
-        import av
-    except ImportError as error:
-        raise DatasetError(
-            f'{where}: reading a video file needs PyAV: pip install "hf_dflop[video]" (lists of frames do without)'
-        ) from error
-    cell = getattr(cell, "_hf_encoded", cell)  # what datasets keeps beside a decoder
-    source = file_source(
+    return open_container(
         cell,
         where=where,
         kind="video",
+        stream="video",
+        without="lists of frames",
         expected="a path, a dict with 'bytes' or 'path', or a list of frames (cast a column of videos with "
         "datasets.Video(decode=False))",
     )
-    try:
-        container = av.open(source if hasattr(source, "seek") else str(source))
-    except Exception as error:
-        raise DatasetError(f"{where}: the video cannot be read: {error}") from error
-    if not container.streams.video:
-        container.close()
-        raise DatasetError(f"{where}: the file holds no video stream")
-    return container
 
 
 def _packets(container: Any, where: str) -> int:

@@ -1,8 +1,6 @@
 """What is true of the sounds of each family: exact at every length, or refused and why. Part of docs/processors.md."""
 
 import functools
-import logging
-import warnings
 from typing import Any
 
 import numpy as np
@@ -14,7 +12,7 @@ from hf_dflop.profile.annotate import Annotator
 from hf_dflop.profile.verify import measure
 from hf_dflop.rows import Layout, Row, encode
 from tests.unit.rows.audio_families import audio_families, build_audio
-from tests.unit.rows.families import NotBuilt, processor_class
+from tests.unit.rows.families import NotBuilt, processor_class, quietly
 
 LENGTHS = (
     *(1, 100, 400, 401, 640, 641, 1600, 1601, 8000, 15_999, 16_000, 16_001, 24_321, 47_999, 48_000, 100_000),
@@ -67,13 +65,8 @@ def differs(counts: Annotator, row: Row) -> str | None:
 @functools.cache
 def audio_verdict(family: str) -> str:
     """ "exact", or "refused" or "not checked" with the reason, or "wrong"."""
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return _verdict(family)
-    finally:
-        logging.disable(logging.NOTSET)
+    with quietly():
+        return _verdict(family)
 
 
 def _verdict(family: str) -> str:

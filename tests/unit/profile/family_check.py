@@ -6,10 +6,8 @@ python -m tests.unit.profile.family_check > docs/processors.md
 """
 
 import functools
-import logging
 import re
 import sys
-import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,7 +23,7 @@ from hf_dflop.rows import Layout, Row, encode
 from hf_dflop.rows.render import video_token
 from hf_dflop.rows.videos import VideoInfo
 from tests.unit.profile.audio_check import audio_table
-from tests.unit.rows.families import NotBuilt, build, families, processor_class, templates, video_processor
+from tests.unit.rows.families import NotBuilt, build, families, processor_class, quietly, templates, video_processor
 
 SIZES = (
     *((1, 1), (1, 2), (2, 1), (1, 150), (150, 1), (1, 600), (600, 1), (3, 40), (40, 3), (8, 8), (13, 17)),
@@ -86,13 +84,8 @@ class Verdict:
 @functools.cache
 def verdict(family: str) -> Verdict:
     """Build the family's processor and compare its counts with really processed rows at every size."""
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return _verdict(family)
-    finally:
-        logging.disable(logging.NOTSET)
+    with quietly():
+        return _verdict(family)
 
 
 def _verdict(family: str) -> Verdict:

@@ -5,10 +5,13 @@ Special tokens are what a processor's own module names. Image processors are tho
 config is the family's default. What cannot be built is told with the reason.
 """
 
+import contextlib
 import functools
 import importlib
 import inspect
+import logging
 import re
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -213,3 +216,15 @@ def _source(name: str) -> tuple[str, str] | None:
 
 def _module(path: Path) -> str:
     return f"transformers.models.{path.parent.name}.{path.stem}"
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """Without the warnings of processors that are built and run by the hundred."""
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
