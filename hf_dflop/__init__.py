@@ -4,6 +4,7 @@
     DflopCallback     pass it to `Trainer`, and every rank finishes its step together
     BalancedStream    balanced microbatches from a stream, for a DataLoader of your own
     PackedCollator    joins the samples of a microbatch into one row without padding
+    attend_by_sample  such a row costs what its samples cost, also without FlashAttention
     measure_model     what a model's parts take on this machine
     PipelineModel     a stock model whose encoder and LLM run on their own ranks, in stages
     DflopTrainer      `Trainer` over a PipelineModel
@@ -37,6 +38,7 @@ _EXPORTS = {
     "PipelineTrace": "hf_dflop.pipeline",
     "Shapes": "hf_dflop.shapes",
     "VisionLanguageCollator": "hf_dflop.data",
+    "attend_by_sample": "hf_dflop.data",
     "check_packing": "hf_dflop.data",
     "measure_model": "hf_dflop.profile.measure",
     "make_plan": "hf_dflop.plan.make_plan",
@@ -50,7 +52,7 @@ __all__ = [*sorted(_EXPORTS), "__version__"]
 
 if TYPE_CHECKING:
     from hf_dflop.cost import CostModel, ModelProfile, ModelSpec
-    from hf_dflop.data import BalancedStream, PackedCollator, VisionLanguageCollator, check_packing
+    from hf_dflop.data import BalancedStream, PackedCollator, VisionLanguageCollator, attend_by_sample, check_packing
     from hf_dflop.errors import DflopError
     from hf_dflop.integrations import DflopCallback, DflopTrainer, prepare
     from hf_dflop.pipeline import PipelineModel, PipelineTrace

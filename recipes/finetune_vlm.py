@@ -144,6 +144,7 @@ def build_trainer(recipe: RecipeArguments, training: TrainingArguments, ingredie
     )
     collator: Any = ingredients.collator
     if recipe.packing == "on":
+        hf_dflop.attend_by_sample(ingredients.model)  # where no FlashAttention was asked for
         collator = hf_dflop.PackedCollator(collator, ingredients.model)
     return Trainer(
         model=ingredients.model,

@@ -18,7 +18,7 @@ from typing import Any
 
 from hf_dflop.errors import ModelError
 
-__all__ = ["DENSE", "ModelStructure"]
+__all__ = ["DENSE", "ModelStructure", "unwrapped"]
 
 _RESERVED = ("_token_id", "_token_index")
 DENSE = ("sdpa", "eager")
@@ -40,7 +40,7 @@ class ModelStructure:
         Raises:
             ModelError: neither a model nor the config of a vision-language model.
         """
-        from transformers import AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
+        from transformers import AutoModelForImageTextToText, PreTrainedConfig
 
         if isinstance(model, PreTrainedConfig):
             mapping = AutoModelForImageTextToText._model_mapping
@@ -49,17 +49,18 @@ class ModelStructure:
                     f"{type(model).__name__} is not the config of an image-text-to-text model; give a model"
                 )
             return cls(mapping[type(model)], model)
-        while not isinstance(model, PreTrainedModel):
-            inner = model.get_base_model() if hasattr(model, "get_base_model") else getattr(model, "module", None)
-            if inner is None:
-                raise ModelError(f"{type(model).__name__} is neither a transformers model nor a config of one")
-            model = inner
+        model = unwrapped(model)
         return cls(type(model), model.config)
 
     @property
     def attention(self) -> str:
         """The attention implementation of the LLM; unset in a config that no model was built from: SDPA."""
         return self.config.get_text_config()._attn_implementation or "sdpa"
+
+    @property
+    def has_mask_rule(self) -> bool:
+        """Whether who may attend to whom is the model class's own matter."""
+        return hasattr(self.model_class, "create_masks_for_generate")
 
     @property
     def image_marks(self) -> list[int]:
@@ -129,6 +130,22 @@ class ModelStructure:
 
     def __getstate__(self) -> dict[str, Any]:
         return {"model_class": self.model_class, "config": self.config, "_skeleton": None}
+
+
+def unwrapped(model: Any) -> Any:
+    """The transformers model under adapters and wrappers.
+
+    Raises:
+        ModelError: there is none.
+    """
+    from transformers import PreTrainedModel
+
+    while not isinstance(model, PreTrainedModel):
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else getattr(model, "module", None)
+        if inner is None:
+            raise ModelError(f"{type(model).__name__} is neither a transformers model nor a config of one")
+        model = inner
+    return model
 
 
 def _block_diagonal(masks: Sequence[Any], lengths: Sequence[int]) -> Any:

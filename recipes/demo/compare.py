@@ -23,6 +23,7 @@ from hf_dflop.cost import CostModel, ModelSpec, Observation, Trainable
 from hf_dflop.integrations.trace import read_trace
 from hf_dflop.shapes import SHAPE_COLUMNS, Shapes
 from recipes import finetune_vlm
+from recipes.demo.loss import fuse_loss
 from recipes.demo.settings import ARMS, OWN_ARMS, DemoSettings, write_whole
 
 __all__ = ["main"]
@@ -176,6 +177,7 @@ def main() -> None:
         eval_split="eval", freeze=["embeddings"], demo_cache=str(settings.cache), dtype="float32"
     )
     ingredients = finetune_vlm.prepare(recipe, training)
+    fuse_loss(ingredients.model)
     assert ingredients.evaluation is not None
     ingredients.evaluation = ingredients.evaluation.select(
         range(min(settings.num_eval_samples, len(ingredients.evaluation)))

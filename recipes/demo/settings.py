@@ -13,8 +13,8 @@ __all__ = ["ARMS", "OWN_ARMS", "DemoSettings", "write_whole"]
 ARMS: list[str] = ["stock", "balanced", "packed", "group_by_length", "batch_rebalance"]
 """Trainer's default sampler; with DflopCallback; packed too; and Trainer's two strategies that look at lengths."""
 OWN_ARMS: list[str] = ["balanced", "packed"]
-MIN_STEPS, MAX_STEPS = 3, 6
-_ARM_TO_PACKED = 1.3
+MIN_STEPS, MAX_STEPS = 3, 4
+_ARM_TO_PACKED = 1.5
 """Seconds of the mean arm ÷ seconds of the packed one, as measured: padding and waiting."""
 
 
@@ -32,7 +32,7 @@ class DemoSettings:
     output_dir: Path
     cache: Path
     num_ranks: int = 2
-    batch_size: int = 4
+    batch_size: int = 8
     accumulation: int = 2
     num_steps: int | None = None
     """Optimizer steps of each run. None: as many as `budget_s` allows at this machine's pace, `MIN_STEPS` to

@@ -13,8 +13,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from hf_dflop.data.by_sample import BY_SAMPLE
 from recipes.benchmarks.balancing.clocks import median_clocks, seconds_and_waiting
-from recipes.benchmarks.balancing.model import ATTENTION, SIZES
+from recipes.benchmarks.balancing.model import SIZES
 from recipes.benchmarks.balancing.settings import ARMS, MAX_TILES, MIXES, BalancingSettings
 from recipes.benchmarks.common.results import Row, make_result, rounded, save
 from recipes.demo.processes import process_environment
@@ -100,7 +101,7 @@ def collect(folder: Path) -> Path:
                     rows.append({"kind": "slots", "mix": mix, "arm": arm, "predicted_measured_s": rounded(slots)})
     if not rows:
         raise SystemExit(f"no finished run in {folder}")
-    settings |= {"model": SIZES, "attention": ATTENTION, "max_tiles": MAX_TILES}
+    settings |= {"model": SIZES, "attention": BY_SAMPLE, "max_tiles": MAX_TILES}
     command = (
         f"python -m recipes.benchmarks.balancing --rounds {settings['num_rounds']} "
         f"--repeats {settings['num_repeats']} --steps {settings['num_steps']}"

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from recipes.benchmarks.common.attention import ATTENTION, register_attention
+from hf_dflop.data import attend_by_sample
 
-__all__ = ["ATTENTION", "SIZES", "build_bench_model"]
+__all__ = ["SIZES", "build_bench_model"]
 
 SIZES: dict[str, int] = {
     "vision_width": 128,
@@ -68,5 +68,5 @@ def build_bench_model(cache: Path, max_tiles: int, seed: int = 0) -> tuple[Any, 
     )
     torch.manual_seed(seed)
     model = AyaVisionForConditionalGeneration(model_config).float()
-    model.model.language_model.config._attn_implementation = register_attention()
+    assert attend_by_sample(model)
     return model, processor

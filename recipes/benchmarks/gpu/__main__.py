@@ -15,6 +15,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from hf_dflop.data.by_sample import BY_SAMPLE
 from recipes.benchmarks.balancing.settings import ARMS
 from recipes.benchmarks.common.results import Result, Row, make_result, save
 from recipes.benchmarks.gpu.settings import MIX_NAMES, PARTS, GpuSettings, tiny
@@ -42,7 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--vocab-size", type=int, default=None, help=f"keep it with the depth ({standard.vocab_size})")
     parser.add_argument(
         "--attention",
-        choices=["sdpa_by_sample", "sdpa"],
+        choices=[BY_SAMPLE, "sdpa"],
         default=standard.attention,
         help="sdpa_by_sample (default) attends sample by sample, as varlen kernels do; sdpa is the stock one, which "
         "computes all pairs of a packed row",

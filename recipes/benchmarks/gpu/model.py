@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from hf_dflop.data import PackedCollator
+from hf_dflop.data import PackedCollator, attend_by_sample
+from hf_dflop.data.by_sample import BY_SAMPLE
 from hf_dflop.rows.encode import IGNORE
 from hf_dflop.shapes import Shapes
-from recipes.benchmarks.common.attention import ATTENTION, register_attention
 from recipes.benchmarks.common.mixes import draw_mix
 from recipes.benchmarks.gpu.settings import GpuSettings
 
@@ -88,8 +88,8 @@ def build_model(settings: GpuSettings) -> Any:
         model = AutoModelForImageTextToText.from_config(
             model_config(settings), dtype=getattr(torch, settings.dtype), attn_implementation="sdpa"
         )
-    if settings.attention == ATTENTION:
-        model.config.get_text_config()._attn_implementation = register_attention()
+    if settings.attention == BY_SAMPLE:
+        assert attend_by_sample(model)
     return model.train()
 
 
@@ -139,9 +139,6 @@ class MicrobatchMaker:
         rows: list[Any] = [tuple(map(int, counts)) for counts in zip(*self._counts(picked), strict=True)]
         batch: dict[str, Any] = self._packer(rows) if packed else self._padded(rows)
         batch = {key: self._to(value) for key, value in batch.items()}
-        if len(batch["input_ids"]) == 1:  # stays on the host: attention reads it without waiting for the device
-            lengths = picked.llm_tokens if packed else [batch["input_ids"].shape[1]]
-            batch["cu_seq_lens_q"] = torch.tensor([0, *np.cumsum(lengths).tolist()])
         if num_tiles := int(picked.image_tiles.sum()):
             if num_tiles > len(self._tiles):
                 self._tiles = self._random_tiles(num_tiles)

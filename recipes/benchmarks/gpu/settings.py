@@ -9,6 +9,7 @@ import json
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from hf_dflop.data.by_sample import BY_SAMPLE
 from recipes.demo.settings import write_whole
 
 __all__ = ["ENGINE_ARMS", "MIX_NAMES", "PARTS", "GpuSettings", "tiny"]
@@ -37,7 +38,7 @@ class GpuSettings:
     device_name: str = ""
     """Of the card: what one began is not gone on with on another."""
     dtype: str = "bfloat16"
-    attention: str = "sdpa_by_sample"
+    attention: str = BY_SAMPLE
     """Of the LLM. The curves are measured with `sdpa`, which is the same on whole rows."""
     is_tiny: bool = False
     """Narrow modules that show that the code runs, and nothing else; never saved as a result."""

@@ -9,7 +9,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AttentionInterface, AutoModelForImageTextToText, Lfm2Config, Qwen3_5Config
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from hf_dflop import PackedCollator, VisionLanguageCollator, check_packing
+from hf_dflop import PackedCollator, VisionLanguageCollator, attend_by_sample, check_packing
+from hf_dflop.data.by_sample import BY_SAMPLE
 from hf_dflop.errors import DatasetError, ModelError
 from tests.unit.data.families import FAMILIES, config_of, model_of, rows_of
 from tests.unit.data.test_models_take_it import TEXT
@@ -21,11 +22,17 @@ def gradients(model: Any, batch: dict[str, Any]) -> dict[str, torch.Tensor | Non
     return {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager", BY_SAMPLE])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_packed_equals_unpacked(name: str, attention: str) -> None:
     processor = FAMILIES[name]()
-    model = model_of(name, processor, attention=attention)
+    model = model_of(name, processor, attention="sdpa" if attention == BY_SAMPLE else attention)
+    if attention == BY_SAMPLE:
+        has_own_rule = name in ("gemma3", "paligemma")
+        assert attend_by_sample(model) is not has_own_rule
+        if has_own_rule:
+            assert PackedCollator(processor, model).structure.attention == "sdpa"
+            return
     collate = PackedCollator(processor, model)
     rows = rows_of(name)
     found = check_packing(model, collate, rows)
@@ -152,6 +159,56 @@ def test_attention_that_ignores_positions_is_refused() -> None:
     model.model.language_model.set_attn_implementation("ignorant")
     with pytest.raises(ModelError, match="with ignorant attention does not keep the samples"):
         check_packing(model, PackedCollator(processor, model), rows_of("llava"))
+
+
+def test_samples_attend_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each piece is as long as its sample, in every layer; a padded row is not cut, nor is one with windows."""
+    lengths: list[int] = []
+    stock = sdpa_attention_forward
+
+    def noted(module: Any, query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        lengths.append(query.shape[2])
+        return stock(module, query, *args, **kwargs)
+
+    monkeypatch.setattr("transformers.integrations.sdpa_attention.sdpa_attention_forward", noted)
+    processor = FAMILIES["llava"]()
+    model = model_of("llava", processor)
+    wrapped = torch.nn.Module()
+    wrapped.module = model
+    assert attend_by_sample(wrapped)
+    collate, rows = PackedCollator(processor, model), rows_of("llava")
+    padded = collate.collator(rows)
+    model(**collate(rows))
+    assert lengths == padded["attention_mask"].sum(dim=1).tolist() * 2  # two layers
+    lengths.clear()
+    model(**padded)
+    assert lengths == [padded["input_ids"].shape[1]] * 2
+
+
+def test_windows_keep_their_mask() -> None:
+    """A sliding window is no matter of samples alone: such layers compute the masked row, and exactly."""
+    processor = FAMILIES["mistral3"]()
+    model = model_of("mistral3", processor)
+    collate, rows = PackedCollator(processor, model), rows_of("mistral3")
+    without = model(**collate(rows)).logits
+    text = model.config.get_text_config()
+    for config in (text, model.get_decoder().config):
+        config.sliding_window = 8
+    assert attend_by_sample(model)
+    assert check_packing(model, collate, rows).error <= 1e-5
+    with_windows = model(**collate(rows)).logits
+    assert not torch.allclose(without, with_windows, atol=1e-2)
+    for config in (text, model.get_decoder().config):
+        config._attn_implementation = "sdpa"
+    torch.testing.assert_close(with_windows, model(**collate(rows)).logits)
+
+
+def test_other_attention_is_left_alone() -> None:
+    model = model_of("llava", FAMILIES["llava"](), attention="eager")
+    assert not attend_by_sample(model)
+    assert model.config.get_text_config()._attn_implementation == "eager"
+    with pytest.raises(ModelError, match="neither a transformers model"):
+        attend_by_sample(torch.nn.Linear(1, 1))
 
 
 @pytest.mark.parametrize("name", ["lfm2", "qwen3_5"])
