@@ -1,0 +1,206 @@
+"""What a rank reads of a checkpoint: its own weights, bit for bit, and nothing of the others'."""
+
+import json
+import logging
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText, modeling_utils
+
+from hf_dflop.pipeline.reading import read_needed
+from hf_dflop.pipeline.router import read_routers
+from hf_dflop.pipeline.split import owner_stage, read_cut, unread_names
+from hf_dflop.plan import ModulePlan, Plan
+from tests.distributed import pipelines as p
+
+LLM = ModulePlan(layers=(2, 2))
+WHOLE, CUT = (Plan(vision=ModulePlan(layers=layers), llm=LLM, num_microbatches=2) for layers in ((4,), (2, 2)))
+
+
+def read(folder: Path, plan: Plan, stage: int, **settings: Any) -> Any:
+    def load() -> Any:
+        return AutoModelForImageTextToText.from_pretrained(folder, **settings)
+
+    return read_needed(load, lambda model: unread_names(read_cut(model, plan), plan, (stage,)))
+
+
+class Watched:
+    """A tensor of a file, which notes when it is read."""
+
+    def __init__(self, file: Any, key: str, noted: set[str]) -> None:
+        self.file, self.key, self.noted = file, key, noted
+
+    def __getitem__(self, index: Any) -> "Watched":
+        return self
+
+    def to(self, device: Any, dtype: torch.dtype) -> torch.Tensor:
+        if device == "meta":
+            return torch.empty(self.file.get_slice(self.key).get_shape(), dtype=dtype, device="meta")
+        self.noted.add(self.key)
+        return self.file.get_slice(self.key)[...].to(device=device, dtype=dtype)
+
+
+class WatchedFile:
+    def __init__(self, noted: set[str], *args: Any, **kwargs: Any) -> None:
+        self.file, self.noted = safe_open(*args, **kwargs), noted
+
+    def keys(self) -> list[str]:
+        return self.file.keys()
+
+    def get_slice(self, key: str) -> Watched:
+        return Watched(self.file, key, self.noted)
+
+    def __exit__(self, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def noted(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Names of the tensors that were read from files."""
+    found: set[str] = set()
+    monkeypatch.setattr(modeling_utils, "safe_open", lambda *args, **kwargs: WatchedFile(found, *args, **kwargs))
+    return found
+
+
+def sizes_of(folder: Path) -> dict[str, int]:
+    return {key: value.numel() for path in folder.glob("*.safetensors") for key, value in load_file(path).items()}
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("llava", {}),
+        ("qwen2_5_vl", {"tied": True}),
+        ("qwen3_vl", {"deepstack": 2}),
+        ("gemma3", {"tied": True}),
+        ("qwen3_vl_moe", {"balance": 0.1}),
+        ("glm4v_moe", {}),
+    ],
+)
+@pytest.mark.parametrize("plan", [WHOLE, CUT], ids=["whole encoder", "encoder in stages"])
+def test_a_stage_reads_its_own_weights_and_no_others(
+    family: str, settings: dict[str, Any], plan: Plan, tmp_path: Path, noted: set[str]
+) -> None:
+    p.model(family, torch.float32, encoder=4, **settings).save_pretrained(tmp_path, max_shard_size="50KB")
+    sizes = sizes_of(tmp_path)
+    whole = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.float64)
+    assert noted == sizes.keys()
+    structure, expected = read_cut(whole, plan), whole.state_dict()
+    owners = {name: owner_stage(structure, plan, name) for name in expected}
+    tied = {structure.embedding + ".weight", "lm_head.weight"} if structure.tied else set()
+    seen: set[str] = set()
+    for stage in range(plan.vision.num_stages + plan.llm.num_stages):
+        noted.clear()
+        model = read(tmp_path, plan, stage, dtype=torch.float64)
+        needed = {name for name, owner in owners.items() if owner == stage}
+        needed |= tied if tied & needed else set()
+        if structure.stack is not None and 0 < stage < plan.vision.num_stages:  # runs what precedes the layers
+            needed |= {name for name, owner in owners.items() if owner == 0 and structure.stack.layers not in name}
+        found = model.state_dict()
+        assert found.keys() == expected.keys()
+        assert {name for name, value in found.items() if not value.is_meta} == needed
+        assert all(torch.equal(found[name], expected[name]) for name in needed)
+        assert all(torch.equal(value, whole.get_buffer(name)) for name, value in model.named_buffers() if not value.is_meta)
+        assert {name: value.dtype for name, value in found.items()} == {n: v.dtype for n, v in expected.items()}
+        # Numbers read are numbers held: nothing else was read, joined experts or not.
+        held = {id(value): value.numel() for name, value in model.state_dict(keep_vars=True).items() if name in needed}
+        assert sum(sizes[key] for key in noted) == sum(held.values())
+        assert read_routers(model, structure) == read_routers(whole, structure)
+        assert read_cut(model, plan) == structure
+        seen |= noted
+    assert seen == sizes.keys()
+
+
+def test_files_of_other_stages_are_not_touched(tmp_path: Path) -> None:
+    """Cut behind its header once it is open, such a file kills whoever reads from it."""
+    built = p.model("llava", torch.float32)
+    built.save_pretrained(tmp_path)
+    (file,) = tmp_path.glob("*.safetensors")
+    state = load_file(file)
+    parts = {"llm": {k: v for k, v in state.items() if k.startswith(("language_model", "lm_head"))}}
+    parts["vision"] = {k: v for k, v in state.items() if k not in parts["llm"]}
+    assert all(parts.values())
+
+    def ends(cut_part: str, load: Any) -> int:
+        """What kills a process that loads with the file of that part cut; 0: nothing."""
+        names = {part: f"model-0000{number}-of-00002.safetensors" for number, part in enumerate(parts, 1)}
+        for part, name in names.items():
+            save_file(parts[part], tmp_path / name, metadata={"format": "pt"})
+        file.unlink(missing_ok=True)
+        index = {"metadata": {}, "weight_map": {key: names[part] for part in parts for key in parts[part]}}
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+
+        def opened(path: str, *args: Any, **kwargs: Any) -> Any:
+            found = safe_open(path, *args, **kwargs)
+            if Path(path).name == names[cut_part]:
+                with open(path, "r+b") as cut:
+                    cut.truncate(8 + int.from_bytes(cut.read(8), "little"))
+            return found
+
+        child = os.fork()
+        if not child:
+            modeling_utils.safe_open = opened
+            load()
+            os._exit(0)
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+    def whole() -> Any:
+        return AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.float64)
+
+    for part, stage in (("llm", 0), ("vision", 1), ("vision", 2)):
+        assert ends(part, lambda stage=stage: read(tmp_path, WHOLE, stage, dtype=torch.float64)) == 0
+        assert ends(part, whole) == -signal.SIGBUS
+
+
+def test_tied_weights_that_are_both_there_are_tied_as_their_values_say(tmp_path: Path, noted: set[str]) -> None:
+    built = p.model("qwen2_5_vl", torch.float32, tied=True)
+    built.save_pretrained(tmp_path)
+    (file,) = tmp_path.glob("*.safetensors")
+    state = load_file(file)
+    (embedding,) = (key for key in state if "embed_tokens" in key)
+    for equal in (True, False):
+        save_file(state | {"lm_head.weight": state[embedding] + (not equal)}, file, metadata={"format": "pt"})
+        whole = AutoModelForImageTextToText.from_pretrained(tmp_path)
+        for stage in range(3):
+            noted.clear()
+            model = read(tmp_path, WHOLE, stage)
+            assert noted >= {embedding, "lm_head.weight"}
+            assert len(noted) < len(state)
+            assert read_cut(model, WHOLE).tied == equal
+            assert torch.equal(model.lm_head.weight, whole.lm_head.weight)
+
+
+def test_what_has_to_be_initialised_is_the_same_on_every_stage(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    built = p.model("llava", torch.float32)
+    built.save_pretrained(tmp_path)
+    (file,) = tmp_path.glob("*.safetensors")
+    state = load_file(file)
+    lost = next(key for key in state if "multi_modal_projector.linear_1.weight" in key)
+    del state[lost]
+    save_file(state, file, metadata={"format": "pt"})
+    torch.manual_seed(0)
+    whole = AutoModelForImageTextToText.from_pretrained(tmp_path).state_dict()
+    after = torch.rand(1)
+    for stage in range(3):
+        torch.manual_seed(0)
+        with caplog.at_level(logging.WARNING):
+            found = read(tmp_path, WHOLE, stage).state_dict()
+        assert "every rank reads the whole checkpoint: model.multi_modal_projector.linear_1.weight (1 weights)" in caplog.text
+        assert all(torch.equal(found[name], value) for name, value in whole.items())
+        assert torch.equal(torch.rand(1), after)
+
+
+def test_the_reader_of_transformers_is_put_back(tmp_path: Path) -> None:
+    reader = modeling_utils.PreTrainedModel.__dict__["_load_pretrained_model"]
+    with pytest.raises(OSError, match="nowhere"):
+        read(tmp_path / "nowhere", WHOLE, 0)
+    found = modeling_utils.PreTrainedModel.__dict__["_load_pretrained_model"]
+    assert (type(found), found.__func__) == (type(reader), reader.__func__)
