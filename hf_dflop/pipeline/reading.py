@@ -2,11 +2,11 @@
 
 transformers' own `from_pretrained` builds the model without memory, then takes the checkpoint's tensors one by one:
 renames them, joins those of experts, casts them, and puts each on the device that a map says. Here the map says `meta`
-for what this rank does not need. A safetensors file is mapped into memory, and no byte of such a tensor is read from
-it, nor is anything of it cast or joined. Names, dtypes, tied weights, buffers and the report stay transformers' own.
+for what this rank does not need, and the tensors that it is given read themselves from their file when they are put on
+any other device. Names, dtypes, tied weights, buffers and the report stay transformers' own.
 
-Read whole: what is quantised or goes to several devices, and a checkpoint that lacks weights or has them in other
-shapes, since these are initialised, which must draw the same random numbers on every rank.
+Read whole: what is no safetensors file, is quantised or goes to several devices; and a checkpoint that lacks weights or
+has them in other shapes, since these are initialised, which must draw the same random numbers on every rank.
 
 In: a call of `from_pretrained`, the names that are not needed. Out: what the call returns.
 
@@ -16,10 +16,14 @@ Assumption: transformers reads in `PreTrainedModel._load_pretrained_model` (5.17
 import logging
 import threading
 from collections.abc import Callable, Collection, Iterable
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from inspect import signature
 from typing import Any
+
+import torch
+from safetensors import safe_open
 
 __all__ = ["Unread", "read_needed"]
 
@@ -50,20 +54,25 @@ def read_needed(load: Callable[[], Any], unread: Callable[[Any], Unread]) -> Any
 
     def read(model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, **more: Any) -> Any:
         nonlocal begun
-        of_config = partial(stock, model, state_dict, checkpoint_files, **more)
+        whole = partial(stock, model, state_dict, checkpoint_files, load_config, **more)
         if begun or threading.get_ident() != caller:  # adapters; a model that another thread loads
-            return of_config(load_config)
+            return whole()
         begun = True
-        names, bare = unread(model)
-        reason = _whole(state_dict, load_config)
+        part = _Part(model, *unread(model))
+        reason = _whole(state_dict, checkpoint_files, load_config)
         if reason is None:
-            part = _Part(model, names, bare)
-            found = part.read(of_config, load_config)
+            with ExitStack() as files:
+                tensors = {
+                    key: _OnDemand(file.get_slice(key))
+                    for file in [files.enter_context(safe_open(path, framework="pt")) for path in checkpoint_files]
+                    for key in file.keys()
+                }
+                found = part.read(partial(stock, model, tensors, checkpoint_files, **more), load_config)
             reason = part.lacking
             if reason is None:
                 return found
         logger.warning("every rank reads the whole checkpoint: %s.", reason)
-        return of_config(load_config)
+        return whole()
 
     with _LOCK:
         setattr(PreTrainedModel, _READER, staticmethod(read))
@@ -73,15 +82,34 @@ def read_needed(load: Callable[[], Any], unread: Callable[[Any], Unread]) -> Any
             setattr(PreTrainedModel, _READER, staticmethod(stock))
 
 
-def _whole(state_dict: Any, load_config: Any) -> str | None:
-    """Why transformers cannot leave anything out."""
+def _whole(state_dict: Any, checkpoint_files: Any, load_config: Any) -> str | None:
+    """Why nothing can be left out."""
     if load_config.hf_quantizer is not None:
         return "it is quantised"
     if state_dict is not None:
         return "its weights were given as a state_dict"
+    if not checkpoint_files or not all(str(path).endswith(".safetensors") for path in checkpoint_files):
+        return "it is not in safetensors files"
     if load_config.device_mesh is not None or set(load_config.device_map or {}) - {""}:
         return "transformers is to spread it over devices"
     return None
+
+
+class _OnDemand:
+    """A tensor of a file, which is read when it is put on a device that holds values. transformers asks of it what it
+    asks of a slice of a file."""
+
+    def __init__(self, stored: Any) -> None:
+        self.stored = stored
+
+    def __getitem__(self, index: Any) -> "_OnDemand":
+        return self
+
+    def to(self, device: Any, dtype: torch.dtype | None) -> torch.Tensor:
+        if str(device) == "meta":
+            return torch.empty(self.stored.get_shape(), dtype=dtype, device="meta")
+        tensor: torch.Tensor = self.stored[...].to(device=device, dtype=dtype)
+        return tensor
 
 
 class _Part:
@@ -107,7 +135,9 @@ class _Part:
         kept = {name for tie in self.ties if not all(map(self.is_unread, tie)) for name in tie}
         default = (load_config.device_map or {}).get("", "cpu")
         while True:
-            places = {"": default} | dict.fromkeys((*self.modules, *self.values), "meta") | dict.fromkeys(kept, default)
+            places = (
+                {"": default} | dict.fromkeys((*self.modules, *self.values), "meta") | dict.fromkeys(kept, default)
+            )
             read = stock(replace(load_config, device_map=places))
             missing = read[0].missing_and_mismatched()
             twice = {name for tie in self.ties if len(tie - missing) > 1 for name in tie} - kept

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, modeling_utils
 
+from hf_dflop.pipeline import reading
 from hf_dflop.pipeline.reading import read_needed
 from hf_dflop.pipeline.router import read_routers
 from hf_dflop.pipeline.split import owner_stage, read_cut, unread_names
@@ -30,41 +31,43 @@ def read(folder: Path, plan: Plan, stage: int, **settings: Any) -> Any:
     return read_needed(load, lambda model: unread_names(read_cut(model, plan), plan, (stage,)))
 
 
-class Watched:
-    """A tensor of a file, which notes when it is read."""
-
-    def __init__(self, file: Any, key: str, noted: set[str]) -> None:
-        self.file, self.key, self.noted = file, key, noted
-
-    def __getitem__(self, index: Any) -> "Watched":
-        return self
-
-    def to(self, device: Any, dtype: torch.dtype) -> torch.Tensor:
-        if device == "meta":
-            return torch.empty(self.file.get_slice(self.key).get_shape(), dtype=dtype, device="meta")
-        self.noted.add(self.key)
-        return self.file.get_slice(self.key)[...].to(device=device, dtype=dtype)
-
-
 class WatchedFile:
+    """A file that notes which of its tensors are read."""
+
     def __init__(self, noted: set[str], *args: Any, **kwargs: Any) -> None:
         self.file, self.noted = safe_open(*args, **kwargs), noted
+
+    def __enter__(self) -> "WatchedFile":
+        return self
+
+    def __exit__(self, *args: Any) -> None:
+        self.file.__exit__(*args)
 
     def keys(self) -> list[str]:
         return self.file.keys()
 
-    def get_slice(self, key: str) -> Watched:
-        return Watched(self.file, key, self.noted)
+    def get_slice(self, key: str) -> "WatchedSlice":
+        return WatchedSlice(self.file.get_slice(key), key, self.noted)
 
-    def __exit__(self, *args: Any) -> None:
-        pass
+
+class WatchedSlice:
+    def __init__(self, stored: Any, key: str, noted: set[str]) -> None:
+        self.stored, self.key, self.noted = stored, key, noted
+
+    def get_shape(self) -> list[int]:
+        return self.stored.get_shape()
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        self.noted.add(self.key)
+        return self.stored[index]
 
 
 @pytest.fixture
 def noted(monkeypatch: pytest.MonkeyPatch) -> set[str]:
-    """Names of the tensors that were read from files."""
+    """Names of the tensors that are read from files."""
     found: set[str] = set()
-    monkeypatch.setattr(modeling_utils, "safe_open", lambda *args, **kwargs: WatchedFile(found, *args, **kwargs))
+    for module in (reading, modeling_utils):
+        monkeypatch.setattr(module, "safe_open", lambda *args, **kwargs: WatchedFile(found, *args, **kwargs))
     return found
 
 
@@ -106,7 +109,9 @@ def test_a_stage_reads_its_own_weights_and_no_others(
         assert found.keys() == expected.keys()
         assert {name for name, value in found.items() if not value.is_meta} == needed
         assert all(torch.equal(found[name], expected[name]) for name in needed)
-        assert all(torch.equal(value, whole.get_buffer(name)) for name, value in model.named_buffers() if not value.is_meta)
+        assert all(
+            torch.equal(value, whole.get_buffer(name)) for name, value in model.named_buffers() if not value.is_meta
+        )
         assert {name: value.dtype for name, value in found.items()} == {n: v.dtype for n, v in expected.items()}
         # Numbers read are numbers held: nothing else was read, joined experts or not.
         held = {id(value): value.numel() for name, value in model.state_dict(keep_vars=True).items() if name in needed}
@@ -193,7 +198,10 @@ def test_what_has_to_be_initialised_is_the_same_on_every_stage(
         torch.manual_seed(0)
         with caplog.at_level(logging.WARNING):
             found = read(tmp_path, WHOLE, stage).state_dict()
-        assert "every rank reads the whole checkpoint: model.multi_modal_projector.linear_1.weight (1 weights)" in caplog.text
+        assert (
+            "every rank reads the whole checkpoint: model.multi_modal_projector.linear_1.weight (1 weights)"
+            in caplog.text
+        )
         assert all(torch.equal(found[name], value) for name, value in whole.items())
         assert torch.equal(torch.rand(1), after)
 
