@@ -5,8 +5,8 @@ renames them, joins those of experts, casts them, and puts each on the device th
 for what this rank does not need, and the tensors that it is given read themselves from their file when they are put on
 any other device. Names, dtypes, tied weights, buffers and the report stay transformers' own.
 
-Read whole: what is no safetensors file, is quantised or goes to several devices; and a checkpoint that lacks weights or
-has them in other shapes, since these are initialised, which must draw the same random numbers on every rank.
+Read whole: what is no safetensors file, is quantised or goes to several devices; and a checkpoint that lacks weights,
+or has them in other shapes, since these are initialised, which must draw the same random numbers on every rank.
 
 In: a call of `from_pretrained`, the names that are not needed. Out: what the call returns.
 
@@ -65,7 +65,7 @@ def read_needed(load: Callable[[], Any], unread: Callable[[Any], Unread]) -> Any
                 tensors = {
                     key: _OnDemand(file.get_slice(key))
                     for file in [files.enter_context(safe_open(path, framework="pt")) for path in checkpoint_files]
-                    for key in file.keys()
+                    for key in file.offset_keys()
                 }
                 found = part.read(partial(stock, model, tensors, checkpoint_files, **more), load_config)
             reason = part.lacking
