@@ -1,10 +1,6 @@
 """What a rank reads of a checkpoint: its own weights, bit for bit, and nothing of the others'."""
 
-import faulthandler
-import json
 import logging
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -121,48 +117,6 @@ def test_a_stage_reads_its_own_weights_and_no_others(
         assert read_cut(model, plan) == structure
         seen |= noted
     assert seen == sizes.keys()
-
-
-def test_files_of_other_stages_are_not_touched(tmp_path: Path) -> None:
-    """Cut behind its header once it is open, such a file kills whoever reads from it."""
-    built = p.model("llava", torch.float32)
-    built.save_pretrained(tmp_path)
-    (file,) = tmp_path.glob("*.safetensors")
-    state = load_file(file)
-    parts = {"llm": {k: v for k, v in state.items() if k.startswith(("language_model", "lm_head"))}}
-    parts["vision"] = {k: v for k, v in state.items() if k not in parts["llm"]}
-    assert all(parts.values())
-
-    def ends(cut_part: str, load: Any) -> int:
-        """What kills a process that loads with the file of that part cut; 0: nothing."""
-        names = {part: f"model-0000{number}-of-00002.safetensors" for number, part in enumerate(parts, 1)}
-        for part, name in names.items():
-            save_file(parts[part], tmp_path / name, metadata={"format": "pt"})
-        file.unlink(missing_ok=True)
-        index = {"metadata": {}, "weight_map": {key: names[part] for part in parts for key in parts[part]}}
-        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-
-        def opened(path: str, *args: Any, **kwargs: Any) -> Any:
-            found = safe_open(path, *args, **kwargs)
-            if Path(path).name == names[cut_part]:
-                with open(path, "r+b") as cut:
-                    cut.truncate(8 + int.from_bytes(cut.read(8), "little"))
-            return found
-
-        child = os.fork()
-        if not child:
-            faulthandler.disable()
-            modeling_utils.safe_open = opened
-            load()
-            os._exit(0)
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-    def whole() -> Any:
-        return AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.float64)
-
-    for part, stage in (("llm", 0), ("vision", 1), ("vision", 2)):
-        assert ends(part, lambda stage=stage: read(tmp_path, WHOLE, stage, dtype=torch.float64)) == 0
-        assert ends(part, whole) == -signal.SIGBUS
 
 
 def test_tied_weights_that_are_both_there_are_tied_as_their_values_say(tmp_path: Path, noted: set[str]) -> None:
