@@ -14,6 +14,7 @@ Assumption: transformers reads in `PreTrainedModel._load_pretrained_model` (5.17
 """
 
 import logging
+import re
 import threading
 from collections.abc import Callable, Collection, Iterable
 from contextlib import ExitStack
@@ -112,12 +113,19 @@ class _OnDemand:
         return tensor
 
 
+class _Places(dict[str, Any]):
+    """How names begin → a device. transformers makes one expression of the keys as they are, where `layers.1.` is also
+    `layers.10`, and looks up what it has matched."""
+
+    def keys(self) -> Any:
+        return [re.escape(key) for key in self]
+
+
 class _Part:
     """What of a model is needed."""
 
     def __init__(self, model: Any, names: Iterable[str], bare: Iterable[str]) -> None:
         self.model = model
-        # With the dot, since transformers compares beginnings: `layers.1.` is not `layers.10.`
         self.modules = tuple(f"{name}." for name in names)
         own = ((name, model.get_submodule(name)) for name in bare)
         self.values = {f"{name}.{key}" for name, module in own for key in (*module._parameters, *module._buffers)}
@@ -135,10 +143,8 @@ class _Part:
         kept = {name for tie in self.ties if not all(map(self.is_unread, tie)) for name in tie}
         default = (load_config.device_map or {}).get("", "cpu")
         while True:
-            places = (
-                {"": default} | dict.fromkeys((*self.modules, *self.values), "meta") | dict.fromkeys(kept, default)
-            )
-            read = stock(replace(load_config, device_map=places))
+            places = dict.fromkeys((*self.modules, *self.values), "meta") | dict.fromkeys(kept, default)
+            read = stock(replace(load_config, device_map=_Places({"": default} | places)))
             missing = read[0].missing_and_mismatched()
             twice = {name for tie in self.ties if len(tie - missing) > 1 for name in tie} - kept
             if not twice:

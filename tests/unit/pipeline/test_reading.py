@@ -10,6 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, modeling_utils
 
+from hf_dflop.errors import ModelError
 from hf_dflop.pipeline import reading
 from hf_dflop.pipeline.reading import read_needed
 from hf_dflop.pipeline.router import read_routers
@@ -17,8 +18,13 @@ from hf_dflop.pipeline.split import owner_stage, read_cut, unread_names
 from hf_dflop.plan import ModulePlan, Plan
 from tests.distributed import pipelines as p
 
-LLM = ModulePlan(layers=(2, 2))
-WHOLE, CUT = (Plan(vision=ModulePlan(layers=layers), llm=LLM, num_microbatches=2) for layers in ((4,), (2, 2)))
+
+def plan_of(encoder: tuple[int, ...], layers: int = 4) -> Plan:
+    llm = ModulePlan(layers=(2, layers - 2))
+    return Plan(vision=ModulePlan(layers=encoder), llm=llm, num_microbatches=2)
+
+
+WHOLE = plan_of((4,))
 
 
 def read(folder: Path, plan: Plan, stage: int, **settings: Any) -> Any:
@@ -72,10 +78,18 @@ def sizes_of(folder: Path) -> dict[str, int]:
     return {key: value.numel() for path in folder.glob("*.safetensors") for key, value in load_file(path).items()}
 
 
+def routers(model: Any, structure: Any) -> Any:
+    """What router logits travel, or why they do not."""
+    try:
+        return read_routers(model, structure)
+    except ModelError as error:  # transformers computes this loss from 5.18 on
+        return str(error)
+
+
 @pytest.mark.parametrize(
     ("family", "settings"),
     [
-        ("llava", {}),
+        ("llava", {"layers": 12}),  # names that begin alike
         ("qwen2_5_vl", {"tied": True}),
         ("qwen3_vl", {"deepstack": 2}),
         ("gemma3", {"tied": True}),
@@ -83,10 +97,11 @@ def sizes_of(folder: Path) -> dict[str, int]:
         ("glm4v_moe", {}),
     ],
 )
-@pytest.mark.parametrize("plan", [WHOLE, CUT], ids=["whole encoder", "encoder in stages"])
+@pytest.mark.parametrize("encoder", [(4,), (2, 2)])
 def test_a_stage_reads_its_own_weights_and_no_others(
-    family: str, settings: dict[str, Any], plan: Plan, tmp_path: Path, noted: set[str]
+    family: str, settings: dict[str, Any], encoder: tuple[int, ...], tmp_path: Path, noted: set[str]
 ) -> None:
+    plan = plan_of(encoder, settings.get("layers", 4))
     p.model(family, torch.float32, encoder=4, **settings).save_pretrained(tmp_path, max_shard_size="50KB")
     sizes = sizes_of(tmp_path)
     whole = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.float64)
@@ -113,7 +128,7 @@ def test_a_stage_reads_its_own_weights_and_no_others(
         # Numbers read are numbers held: nothing else was read, joined experts or not.
         held = {id(value): value.numel() for name, value in model.state_dict(keep_vars=True).items() if name in needed}
         assert sum(sizes[key] for key in noted) == sum(held.values())
-        assert read_routers(model, structure) == read_routers(whole, structure)
+        assert routers(model, structure) == routers(whole, structure)
         assert read_cut(model, plan) == structure
         seen |= noted
     assert seen == sizes.keys()
