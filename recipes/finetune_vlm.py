@@ -16,6 +16,7 @@ fetched and used.
 
 import logging
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -87,9 +88,18 @@ class Ingredients:
     train: Dataset
     evaluation: Dataset | None
     profile: hf_dflop.DatasetProfile
+    weights: str = ""
+    """Hub id or folder of the model."""
 
 
-def prepare(recipe: RecipeArguments, training: TrainingArguments) -> Ingredients:
+def load_model(weights: str, recipe: RecipeArguments) -> Any:
+    """The model of a Hub id or folder."""
+    return AutoModelForImageTextToText.from_pretrained(weights, dtype=recipe.dtype)
+
+
+def prepare(
+    recipe: RecipeArguments, training: TrainingArguments, load: Callable[[str, RecipeArguments], Any] = load_model
+) -> Ingredients:
     """Load the model, annotate the dataset (once, on the first process of each node), build the collator."""
     model_path, dataset = recipe.model, recipe.dataset
     if _DEMO in (recipe.model, recipe.dataset):
@@ -104,7 +114,7 @@ def prepare(recipe: RecipeArguments, training: TrainingArguments) -> Ingredients
     with training.main_process_first(desc="loading the model"):
         # Trainer restores weights by name, and misses those of models that save under other names than they train.
         weights = training.resume_from_checkpoint or model_path
-        model = AutoModelForImageTextToText.from_pretrained(weights, dtype=recipe.dtype)
+        model = load(weights, recipe)
         processor = AutoProcessor.from_pretrained(model_path)
     if "vision" in recipe.freeze:
         _vision_encoder(model).requires_grad_(False)
@@ -133,6 +143,7 @@ def prepare(recipe: RecipeArguments, training: TrainingArguments) -> Ingredients
         train=annotated,
         evaluation=evaluation,
         profile=profile,
+        weights=str(weights),
     )
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import AutoConfig, AutoModelForImageTextToText, HfArgumentParser, TrainingArguments
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # launched as a script, this folder is on the path alone
 
@@ -46,6 +46,12 @@ def default_plan(config: Any, processes: int) -> Plan:
     return Plan(vision=ModulePlan(layers=(encoder,)), llm=ModulePlan(layers=spread), num_microbatches=MICROBATCHES)
 
 
+def frame(weights: str, recipe: finetune_vlm.RecipeArguments) -> Any:
+    """The model without its weights: each process reads its own share of them."""
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(weights))
+
+
 def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     (own, rest) = HfArgumentParser(PipelineArguments).parse_args_into_dataclasses(
@@ -55,7 +61,7 @@ def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO if training.process_index == 0 else logging.WARNING)
     if recipe.freeze:
         raise SystemExit('--freeze: put "vision", "connector" or "llm" into the plan\'s `frozen`.')
-    ingredients = finetune_vlm.prepare(recipe, training)
+    ingredients = finetune_vlm.prepare(recipe, training, frame)
     plan = Plan.load(own.plan) if own.plan else default_plan(ingredients.model.config, training.world_size)
     plan = replace(plan, balance=plan.balance and recipe.balance == "on")
     training.gradient_accumulation_steps = plan.num_microbatches
@@ -64,8 +70,12 @@ def main(arguments: list[str] | None = None) -> None:
     collator: Any = ingredients.collator
     if recipe.packing == "on":
         collator = hf_dflop.PackedCollator(collator, ingredients.model)
-    pipe = hf_dflop.PipelineModel.from_model(
-        ingredients.model, plan=plan, device=training.device, autocast=torch.bfloat16 if training.bf16 else None
+    pipe = hf_dflop.PipelineModel.from_pretrained(
+        ingredients.weights,
+        plan=plan,
+        device=training.device,
+        autocast=torch.bfloat16 if training.bf16 else None,
+        dtype=recipe.dtype,
     )
     trainer = hf_dflop.DflopTrainer(
         pipe,

@@ -62,7 +62,7 @@ def load_weights(pipe: PipelineModel, folder: str) -> None:
     for value in own.values():
         if value.is_floating_point():
             dtype = torch.promote_types(dtype, value.dtype)
-    state = pipe.skeleton.load(folder, dtype)
+    state = pipe.read_weights(folder, dtype)
     wanted = own.keys()
     if pipe.skeleton.has_adapters:  # the model under them is as it was given
         wanted = {name for name, parameter in pipe.named_parameters() if parameter.requires_grad}

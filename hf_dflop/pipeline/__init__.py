@@ -12,7 +12,7 @@ features, handshake   the format of image features
 deferred     calling the model in a hand-written loop: gradients that wait for `loss.backward()`
 check, check_encoder  the stages tried on a small copy
 grads, loss  sums over replicas, tied weights, the true norm
-checkpoint   one stock checkpoint out
+reading      of a checkpoint, what this rank needs; checkpoint: one stock checkpoint out
 recorder, trace   what each rank really did, and when
 """
 

@@ -26,10 +26,12 @@ from hf_dflop.pipeline.features import FeatureFormat
 from hf_dflop.pipeline.handshake import agree_on_encoder, agree_on_formats, agree_on_stages, agree_on_videos, all_try
 from hf_dflop.pipeline.kinds import refuse_videos, takes_videos
 from hf_dflop.pipeline.loss import count_label_tokens, sum_losses
+from hf_dflop.pipeline.reading import read_needed
 from hf_dflop.pipeline.recorder import StepRecorder
 from hf_dflop.pipeline.schedule import fits_plan, make_runtime, note_receives
+from hf_dflop.pipeline.split import read_cut, unread_names
 from hf_dflop.pipeline.stage import RaggedStage
-from hf_dflop.pipeline.weights import PipelineWeights
+from hf_dflop.pipeline.weights import PipelineWeights, own_place
 from hf_dflop.pipeline.wire import StageStep
 from hf_dflop.plan.actions import Kind, Order
 from hf_dflop.plan.orders import make_order
@@ -109,13 +111,26 @@ class PipelineModel(PipelineWeights):
         check: bool = True,
         **kwargs: Any,
     ) -> "PipelineModel":
-        """Load a checkpoint and keep this rank's share; `kwargs` go to the model's own `from_pretrained`.
+        """Read this rank's share of a checkpoint, from a local folder or the Hub.
 
-        The checkpoint is read whole into the host's memory, and only this rank's part goes to the device.
+        Weights of other ranks are not read from safetensors files, sharded or not, nor is memory taken for them, on
+        the host or on the device; with tensor parallelism a rank reads the whole tensors of its stages, then keeps its
+        shares. A quantised checkpoint, and one that lacks weights, is read whole by every rank, with a warning.
+
+        Args:
+            id_or_path (`str`): as `from_pretrained` of transformers takes it.
+            plan, device, autocast, order, check: as those of [`~PipelineModel.from_model`].
+            kwargs: go to the model's own `from_pretrained` (`dtype`, `revision`, `attn_implementation`, ...).
+
+        Raises:
+            PlanError: the plan does not fit the model or the number of processes.
+            ModelError: the model cannot be cut.
         """
         from transformers import AutoModelForImageTextToText
 
-        model = AutoModelForImageTextToText.from_pretrained(id_or_path, **kwargs)
+        stages = own_place(plan)[1].stages
+        load = partial(AutoModelForImageTextToText.from_pretrained, id_or_path, **kwargs)
+        model = read_needed(load, lambda model: unread_names(read_cut(model, plan), plan, stages))
         return cls(model, plan=plan, device=device, autocast=autocast, order=order, check=check)
 
     def train(self, mode: bool = True) -> "PipelineModel":

@@ -10,6 +10,7 @@ Assumptions: the decoder names its routers for transformers' recording of output
 gives numbers for each position, in the order of positions.
 """
 
+import copy
 import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -86,6 +87,11 @@ def _modules(layer: nn.Module, recorded: dict[str, Any]) -> Iterator[tuple[nn.Mo
 
 def _probe(module: nn.Module, index: int, hidden_size: int, autocast: torch.dtype | None) -> Router:
     weight = next(module.parameters())
+    if weight.is_meta:  # of another rank, and never read: what it gives does not depend on its values
+        module = copy.deepcopy(module).to_empty(device="cpu")
+        weight = next(module.parameters())
+        for value in (*module.parameters(), *module.buffers()):
+            value.detach().zero_()
     context = torch.autocast(weight.device.type, dtype=autocast, enabled=autocast is not None)
     try:
         with torch.no_grad(), torch.random.fork_rng([]), context:

@@ -10,12 +10,14 @@ Assumption: peft's wrapper does nothing but to hold the model and its adapters; 
 import copy
 import sys
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from hf_dflop.errors import ModelError
+from hf_dflop.pipeline.reading import Unread, read_needed
 
 __all__ = ["Skeleton", "unwrap"]
 
@@ -106,15 +108,17 @@ class Skeleton:
             folder, state_dict={prefix + name: value for name, value in state.items()}, **kwargs
         )
 
-    def load(self, folder: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    def load(self, folder: str, dtype: torch.dtype, unread: Unread = ((), ())) -> dict[str, torch.Tensor]:
         """What a checkpoint in `folder` holds, under the names of the unwrapped model.
 
         Args:
             folder (`str`): written by `save`, or by a stock model of the same kind.
             dtype (`torch.dtype`): to read the weights of a model without adapters in.
+            unread (`Unread`, *optional*): what of a model without adapters may stay on the meta device.
         """
         if not self.has_adapters:
-            return dict(type(self.model).from_pretrained(folder, dtype=dtype).state_dict())
+            load = partial(type(self.model).from_pretrained, folder, dtype=dtype)
+            return dict(read_needed(load, lambda _: unread).state_dict())
         from peft import load_peft_weights
 
         found: dict[str, torch.Tensor] = {}

@@ -29,7 +29,16 @@ from hf_dflop.pipeline.shell import Foreign, Inject, Received, shell
 from hf_dflop.pipeline.structure import Structure, read_structure
 from hf_dflop.plan.plan import Plan
 
-__all__ = ["LlmPart", "VisionPart", "build_part", "foreign_names", "layer_ranges", "owner_stage", "read_cut"]
+__all__ = [
+    "LlmPart",
+    "VisionPart",
+    "build_part",
+    "foreign_names",
+    "layer_ranges",
+    "owner_stage",
+    "read_cut",
+    "unread_names",
+]
 
 
 class LlmPart(nn.Module):
@@ -183,6 +192,16 @@ def foreign_names(structure: Structure, plan: Plan, stages: Collection[int]) -> 
         if encoders - 1 not in stages:
             names += stack.after
     return names, bare
+
+
+def unread_names(structure: Structure, plan: Plan, stages: Collection[int]) -> tuple[list[str], list[str]]:
+    """Of `foreign_names`, those whose values `stages` do not need either: a later encoder stage runs what precedes
+    the layers."""
+    names, bare = foreign_names(structure, plan, stages)
+    run: set[str] = set()
+    if structure.stack is not None and any(stage < plan.vision.num_stages for stage in stages):
+        run = {*structure.stack.before, *structure.stack.frames}
+    return [name for name in names if name not in run], [name for name in bare if name not in run]
 
 
 def owner_stage(structure: Structure, plan: Plan, name: str) -> int:

@@ -27,13 +27,21 @@ from hf_dflop.pipeline.setup import checkpoint_layers, freeze, is_reentrant
 from hf_dflop.pipeline.shards import Shards
 from hf_dflop.pipeline.shell import drop
 from hf_dflop.pipeline.skeleton import Skeleton, unwrap
-from hf_dflop.pipeline.split import build_part, foreign_names, layer_ranges, owner_stage, read_cut
+from hf_dflop.pipeline.split import build_part, foreign_names, layer_ranges, owner_stage, read_cut, unread_names
 from hf_dflop.pipeline.tensor_rules import tensor_rules
-from hf_dflop.pipeline.topology import Topology
+from hf_dflop.pipeline.topology import Place, Topology
 from hf_dflop.pipeline.wire import Wire
 from hf_dflop.plan.plan import Plan
 
-__all__ = ["PipelineWeights"]
+__all__ = ["PipelineWeights", "own_place"]
+
+
+def own_place(plan: Plan) -> tuple[Topology, Place]:
+    """The plan's ranks, and where this process stands among them; raises `PlanError` where it is not launched so."""
+    topology, size = Topology(plan=plan), dist.get_world_size()
+    if size != plan.num_ranks:
+        raise PlanError(f"the plan needs {plan.num_ranks} processes; {size} were launched. Launch as many.")
+    return topology, topology.place(dist.get_rank())
 
 
 class PipelineWeights(nn.Module):
@@ -43,12 +51,8 @@ class PipelineWeights(nn.Module):
         self, model: Any, *, plan: Plan, device: torch.device | str | None = None, autocast: torch.dtype | None = None
     ) -> None:
         super().__init__()
-        size = dist.get_world_size()
-        if size != plan.num_ranks:
-            raise PlanError(f"the plan needs {plan.num_ranks} processes; {size} were launched. Launch as many.")
         self.plan = plan
-        self.topology = Topology(plan=plan)
-        self.place = self.topology.place(dist.get_rank())
+        self.topology, self.place = own_place(plan)
         self.skeleton = Skeleton(model)
         model = unwrap(model)
         self.structure = read_cut(model, plan)
@@ -232,6 +236,11 @@ class PipelineWeights(nn.Module):
     def gather_state_dict(self) -> dict[str, torch.Tensor]:
         """The stock state dict of the whole model, in the memory of rank 0's host; empty on other ranks."""
         return gather_state_dict(self)
+
+    def read_weights(self, folder: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """What a stock checkpoint holds, in `dtype`, under stock names; what other ranks need is on the meta device
+        where it can be left unread."""
+        return self.skeleton.load(folder, dtype, unread_names(self.structure, self.plan, self.place.stages))
 
     def save_pretrained(self, folder: str, **kwargs: Any) -> None:
         """Write a stock checkpoint that plain transformers loads; all ranks call it, rank 0 writes."""

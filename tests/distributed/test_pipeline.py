@@ -1,5 +1,7 @@
 """The pipeline against the stock model: gradients, schedules, steps, checkpoints; in several processes."""
 
+import signal
+
 import pytest
 
 from tests.distributed.every_case import EVERY_CASE
@@ -33,6 +35,13 @@ def test_ten_steps_and_a_stock_checkpoint() -> None:
 def test_ten_steps_and_a_stock_checkpoint_with_the_encoder_in_stages() -> None:
     output = launch(f"{SCRIPTS}.pipeline_steps", "qwen2_5_vl", "1,1,1", "float64", "2,2", num_processes=3)
     assert output.count("steps: ") == 1
+
+
+def test_ranks_read_nothing_of_the_files_of_others() -> None:
+    output = launch(f"{SCRIPTS}.pipeline_reading", "share", num_processes=3)
+    assert output.count("reading: ") == 3
+    with pytest.raises(AssertionError, match=f"rank 0 ended with status -{signal.SIGBUS:d}"):
+        launch(f"{SCRIPTS}.pipeline_reading", "whole", num_processes=1)
 
 
 def test_no_rank_holds_more_than_the_planner_foresees() -> None:

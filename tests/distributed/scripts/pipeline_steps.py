@@ -113,6 +113,22 @@ def check_saved(pipe: PipelineModel, family: str, layout: p.Layout, collate: Any
         with torch.no_grad():
             stock = loaded(**collate(dealt[microbatch][pipe.place.replica])).logits
         assert float((found - stock).abs().max()) <= 1e-12 * float(stock.abs().max()), (family, microbatch)
+    check_read(pipe, told[0], logits, lambda read: p.batch_of(read, dealt, shape, collate))
+
+
+def check_read(pipe: PipelineModel, folder: str, logits: Any, batch: Any) -> None:
+    """A pipeline that reads its share of the checkpoint is that which wrote it, bit for bit."""
+    read = PipelineModel.from_pretrained(
+        folder, plan=pipe.plan, dtype=pipe.wire.dtype, attn_implementation="sdpa", experts_implementation="eager"
+    ).eval()
+    own = pipe.state_dict()
+    assert read.state_dict().keys() == own.keys()
+    for name, value in read.state_dict().items():
+        assert torch.equal(value, own[name]), name
+    assert read.structure == pipe.structure
+    again = read.step(batch(read), backward=False, keep_logits=True).logits
+    assert again.keys() == logits.keys()
+    assert all(torch.equal(again[microbatch], found) for microbatch, found in logits.items())
 
 
 if __name__ == "__main__":
