@@ -174,8 +174,7 @@ class Handshake:
                 ]
                 if rows:
                     self._meet_pixels(kind, batch, *min(rows))
-        if self._topology.first_llm_stage in self._place.stages:
-            self._try_placeholders(batch, new)
+        self._try_placeholders(batch, new)
 
     def _meet_pixels(self, kind: str, batch: StepBatch, rows: int, microbatch: int) -> None:
         assert self._encoder is not None and self._board is not None
@@ -207,8 +206,7 @@ class Handshake:
         for kind in kinds:
             if kind in shortest:
                 self._read(kind)
-                with torch.random.fork_rng([]):
-                    self._try_stages(self._checks.stages, batch, shortest[kind][1])
+                self._try_stages(self._checks.stages, batch, shortest[kind][1])
 
     def _read(self, kind: str) -> None:
         assert self._board is not None
