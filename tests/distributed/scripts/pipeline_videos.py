@@ -8,6 +8,7 @@ import contextlib
 import functools
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -183,9 +184,11 @@ def negative_controls(worlds: p.Worlds, case: Case) -> None:
                 error, _ = case.run((1, 1, 1))
             assert error > 1e-2, error
             shape = case.shapes[1]
-            first = shape.microbatches[0][0]
-            wrong = MicrobatchShape(rows=first.rows, length=first.length, features=(first.features[0] + 1, 0))
-            off = StepShape(microbatches=((wrong,), *shape.microbatches[1:]), label_tokens=shape.label_tokens)
+            wrong = tuple(
+                tuple(replace(one, features=tuple(n + (n > 0) for n in one.features)) for one in replicas)
+                for replicas in shape.microbatches
+            )
+            off = StepShape(microbatches=wrong, label_tokens=shape.label_tokens)
             with pytest.raises(ShapeMismatchError, match="the shape columns say"):
                 case.run((1, 1, 1), shape=off)
     with worlds.of(3) as inside:

@@ -84,7 +84,6 @@ def test_features_taken_at_depths_travel_to_the_last_stage(
         ("qwen2_vl", {"depth": 3}),
         ("qwen2_5_vl", {"depth": 3, "fullatt_block_indexes": [1]}),
         ("qwen3_vl", {"depth": 5, "deepstack_visual_indexes": [0, 1, 3]}),
-        ("glm4v", {"depth": 3}),
         ("llava_onevision", {"num_hidden_layers": 3}),
         ("llava_next_video", {"num_hidden_layers": 3}),
         ("internvl", {"num_hidden_layers": 3}),
