@@ -177,7 +177,8 @@ class Handshake:
         self._try_placeholders(batch, new)
 
     def _meet_pixels(self, kind: str, batch: StepBatch, rows: int, microbatch: int) -> None:
-        assert self._encoder is not None and self._board is not None
+        assert self._encoder is not None
+        assert self._board is not None
         inputs = batch.vision[microbatch]
         try:
             if self._encoder.first:
