@@ -198,7 +198,10 @@ def negative_controls(worlds: p.Worlds, case: Case) -> None:
             def swapped(*given: Any) -> dict[str, torch.Tensor]:
                 return {kind: part.flip(0) if kind == "video" else part for kind, part in stock(*given).items()}
 
-            with mock.patch.object(encoder, "unpack", swapped), pytest.raises(ModelError, match="of videos: its feat"):
+            with (
+                mock.patch.object(encoder, "unpack", swapped),
+                pytest.raises(ModelError, match="videos: its features"),
+            ):
                 case.run((1, 1, 1), encoder=(1, 1))
     if worlds.rank == 0:
         print("videos: negative controls", flush=True)
@@ -218,14 +221,16 @@ def counted() -> Iterator[collections.Counter[str]]:
         yield calls
 
 
-def late(case: Case, layout: p.Layout, **settings: Any) -> None:
-    """Steps of images alone; at the fifth the first videos. No step but the first asks what has come."""
+def late(case: Case, layout: p.Layout, *, videos_first: bool = False, **settings: Any) -> None:
+    """Steps of images alone; at the fifth the first videos, or the other way round. No step but the first asks what
+    has come."""
     with case.worlds.of(case.plan(layout, **settings).num_ranks) as inside:
         if not inside:
             return
         pipe, calls = case.pipe(layout, **settings), []
         image, text = row("A picture?", images=[frames(1, 60, 60, seed=3)[0]]), row("Only text?")
-        dealt = p.deal([[image, text], [text], [image], []], layout[2])
+        one = row("A video?", [frames(6)]) if videos_first else image
+        dealt = p.deal([[one, text], [text], [one], []], layout[2])
         shape = shape_of(case.collator, dealt, case.collate, packed=case.packed)
         for _ in range(4):
             with counted() as found:
@@ -238,7 +243,9 @@ def late(case: Case, layout: p.Layout, **settings: Any) -> None:
             calls.append(found - collections.Counter(all_reduce=1, all_gather_object=1))  # those of the test
             assert error <= TOLERANCE[case.dtype], (case.family, error, where)
         assert calls[0]["broadcast_object_list"], calls[0]
-        if pipe.plan.vision.tp > 1:  # its ranks agree on random numbers and gradients, and try the first videos together
+        if (
+            pipe.plan.vision.tp > 1
+        ):  # its ranks agree on random numbers and gradients, and try the first videos together
             calls[4] = calls[5]
         assert calls[1:] == [calls[5]] * 5, calls
         assert set(calls[5]) == ({"all_reduce"} if pipe.shards is None else {"all_reduce", "broadcast"}), calls[5]
@@ -271,7 +278,7 @@ if __name__ == "__main__":
             late(case, (1, 1, 1), encoder=(1, 1))
         if every:
             exact(Case(worlds, family, torch.float32), [(2, 2, 1)])
-            late(case, (1, 2, 1), **cut)
+            late(case, (1, 2, 1), videos_first=True, **cut)
         if every and family.startswith("llava"):
             late(case, (1, 1, 1), vision_tp=2)
             exact(case, [(2, 1, 1), (1, 2, 1)], vision_tp=2)
