@@ -153,6 +153,14 @@ class Case:
         """Worst relative error of gradients over all ranks; call it inside a world."""
         return self.step(self.pipe(layout, **settings), shape or self.shapes[layout[2]])
 
+    def of_one_kind(self, pipe: PipelineModel, *, videos: bool = False) -> Any:
+        """A call with images and text, or videos and text."""
+        question, text = row("A picture?", images=[frames(1, 60, 60, seed=3)[0]]), row("Only text?")
+        question = row("A video?", [frames(6)]) if videos else question
+        dealt = p.deal([[question, text], [text], [question], []], pipe.plan.llm.dp)
+        shape = shape_of(self.collator, dealt, self.collate, packed=self.packed)
+        return p.batch_of(pipe, dealt, shape, self.text, self.vision)
+
     def step(self, pipe: PipelineModel, shape: StepShape) -> tuple[float, str]:
         dealt = p.deal(self.cells, pipe.plan.llm.dp)
         result = pipe.step(p.batch_of(pipe, dealt, shape, self.text, self.vision))
@@ -175,8 +183,8 @@ def exact(case: Case, layouts: list[p.Layout], **settings: Any) -> None:
 
 
 def negative_controls(worlds: p.Worlds, case: Case) -> None:
-    """Rows in another order than their placeholders show; wrong shapes stop on all ranks, and so do hidden states of
-    videos that come in another order to a later stage of the encoder."""
+    """Rows in another order than their placeholders show; wrong shapes stop on all ranks, at the first step and
+    later; so do hidden states of videos that come in another order to a later stage of the encoder."""
     with worlds.of(2) as inside:
         if inside:
             stock = encoder.join
@@ -191,6 +199,10 @@ def negative_controls(worlds: p.Worlds, case: Case) -> None:
             off = StepShape(microbatches=wrong, label_tokens=shape.label_tokens)
             with pytest.raises(ShapeMismatchError, match="the shape columns say"):
                 case.run((1, 1, 1), shape=off)
+            pipe = case.pipe((1, 1, 1))
+            pipe.step(case.of_one_kind(pipe))
+            with pytest.raises(ShapeMismatchError, match="the shape columns say"):
+                case.step(pipe, off)
     with worlds.of(3) as inside:
         if inside:
             stock = encoder.unpack
@@ -228,13 +240,10 @@ def late(case: Case, layout: p.Layout, *, videos_first: bool = False, **settings
         if not inside:
             return
         pipe, calls = case.pipe(layout, **settings), []
-        image, text = row("A picture?", images=[frames(1, 60, 60, seed=3)[0]]), row("Only text?")
-        one = row("A video?", [frames(6)]) if videos_first else image
-        dealt = p.deal([[one, text], [text], [one], []], layout[2])
-        shape = shape_of(case.collator, dealt, case.collate, packed=case.packed)
+        known = case.of_one_kind(pipe, videos=videos_first)
         for _ in range(4):
             with counted() as found:
-                pipe.step(p.batch_of(pipe, dealt, shape, case.text, case.vision))
+                pipe.step(known)
             calls.append(found)
         for _ in range(2):
             pipe.zero_grad()
