@@ -8,7 +8,7 @@ batch        one rank's inputs of a step
 bridge       which encoder replica encodes what, and where its rows go
 structure    where a model can be cut; shell, split: the modules of the stages; encoder: those of the encoder
 stage        a stage on torch.distributed.pipelining; wire: what it is told; schedule: its runtime
-features, handshake   the format of image features
+features, kinds, handshake, board   the format of features of images and of videos
 deferred     calling the model in a hand-written loop: gradients that wait for `loss.backward()`
 check, check_encoder  the stages tried on a small copy
 grads, loss  sums over replicas, tied weights, the true norm

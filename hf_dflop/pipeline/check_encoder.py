@@ -19,9 +19,11 @@ import torch
 
 from hf_dflop.errors import ModelError
 from hf_dflop.pipeline.encoder import VisionPart
-from hf_dflop.pipeline.features import flatten, read_format
+from hf_dflop.pipeline.features import read_format
+from hf_dflop.pipeline.kinds import join, kinds_of, run_encoder
 from hf_dflop.pipeline.small_llm import to_double
 from hf_dflop.pipeline.split import build_part, read_cut
+from hf_dflop.pipeline.states import packed_size
 from hf_dflop.plan.plan import ModulePlan, Plan
 
 __all__ = ["check_encoder", "compare_encoder", "small_encoder"]
@@ -68,18 +70,18 @@ def compare_encoder(model: Any, plan: Plan, inputs: Mapping[str, Any]) -> None:
     name = type(model).__name__
     structure = read_cut(model, plan)
     assert structure.stack is not None
-    given = {key: value for key, value in inputs.items() if key in structure.vision_keys}
+    body, kinds = model.get_submodule(structure.body), kinds_of(inputs) or ("image",)
     model.zero_grad()
-    output = model.get_submodule(structure.body).get_image_features(**given, return_dict=True)
-    form = read_format(output)
-    forms = {"image": form}
-    whole = flatten(output, form)
+    outputs = {kind: run_encoder(body, kind, inputs, structure.keys) for kind in kinds}
+    forms = {kind: read_format(output) for kind, output in outputs.items()}
+    whole = join(outputs, forms, body, inputs)
     generator = torch.Generator().manual_seed(2)
     cotangent = torch.randn(whole.shape, generator=generator, dtype=torch.float64).to(whole.dtype)
     whole.backward(cotangent)
     expected = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    told = f"the encoder of {name} is not exact in the stages {plan.vision.layers}"
+    of = " and ".join(f"{kind}s" for kind in kinds)
+    told = f"the encoder of {name} is not exact in the stages {plan.vision.layers}, on {of}"
     remedy = (
         "A later stage needs what only an earlier one has, such as features taken at a depth before its layers: give "
         "the last stage those layers, or run the encoder as one stage."
@@ -89,10 +91,11 @@ def compare_encoder(model: Any, plan: Plan, inputs: Mapping[str, Any]) -> None:
     for stage in range(plan.vision.num_stages):
         part = build_part(model, structure, plan, stage)
         assert isinstance(part, VisionPart)
-        if received is not None and part.incoming(given) != tuple(received.shape):
+        shapes = None if received is None else part.incoming(inputs)
+        if received is not None and shapes is not None and packed_size(shapes) != tuple(received.shape):
             raise ModelError(f"{told}: hidden states change their shape between layers. Run it as one stage.")
         try:
-            edges.append((part(given, received, forms), received))
+            edges.append((part(inputs, received, forms, shapes), received))
         except Exception as error:
             raise ModelError(f"{told}: {type(error).__name__}: {error}. {remedy}") from error
         received = edges[-1][0].detach().requires_grad_()

@@ -20,7 +20,7 @@ from hf_dflop.errors import DflopError, ModelError
 from hf_dflop.pipeline.check import run_whole
 from hf_dflop.pipeline.check_encoder import small_encoder
 from hf_dflop.pipeline.features import flatten, read_format
-from hf_dflop.pipeline.kinds import Formats
+from hf_dflop.pipeline.kinds import Formats, kinds_of, run_encoder
 from hf_dflop.pipeline.shards import Shards
 from hf_dflop.pipeline.small_llm import small_copy, small_features, small_inputs, to_double
 from hf_dflop.pipeline.structure import read_structure
@@ -101,12 +101,15 @@ def check_tensor_encoder(
     def build() -> tuple[Any, dict[str, str], Run]:
         small = small_encoder(model_class, config, degree=degree)
         structure = read_structure(small)
-        given = {k: _to(to_double(value), device) for k, value in inputs.items() if k in structure.vision_keys}
+        given = {key: _to(to_double(value), device) for key, value in inputs.items()}
         body = small.get_submodule(structure.body)
 
         def run() -> torch.Tensor:
-            output = body.get_image_features(**given, return_dict=True)
-            features = flatten(output, read_format(output))
+            parts = []
+            for kind in kinds_of(given) or ("image",):
+                output = run_encoder(body, kind, given, structure.keys)
+                parts.append(flatten(output, read_format(output)))
+            features = torch.cat(parts)
             generator = torch.Generator().manual_seed(2)
             features.backward(torch.randn(features.shape, generator=generator, dtype=torch.float64).to(device))
             return features.detach()

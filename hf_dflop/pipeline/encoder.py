@@ -4,12 +4,12 @@
     middle stage   its layers
     last stage     its layers, what follows them, the connector, what `get_image_features` makes of it all
 
-Every stage runs the model's own `get_image_features` (and, where it is one stage, `get_video_features`) on the same
-pixels, so masks, windows, rotary tables and the choice of features are the model's. A stage before the last stops at
-the first layer that is not its own, and sends what that layer would get. On a later stage what was received stands in
-for the output of the layer before its first; what precedes the layers is run there without gradients, for its shape
-and for what else is computed from it, and its values are not used. Where modules after the layers take features at a
-depth (deepstack), the hidden states of that depth travel on to the last stage, which has these modules.
+Every stage runs the model's own `get_image_features` and `get_video_features` on the same pixels, so masks, windows,
+rotary tables and the choice of features are the model's. A stage before the last stops at the first layer that is not
+its own, and sends what that layer would get, of images and of videos. On a later stage what was received stands in for
+the output of the layer before its first; what precedes the layers is run there without gradients, for its shape and
+for what else is computed from it, and its values are not used. Where modules after the layers take features at a depth
+(deepstack), the hidden states of that depth travel on to the last stage, which has these modules.
 
 In: a model, its structure, the layers of each stage. Out: an `EncoderStack`, and one `VisionPart` per stage.
 
@@ -26,8 +26,9 @@ import torch
 from torch import nn
 
 from hf_dflop.errors import ModelError, PlanError
-from hf_dflop.pipeline.kinds import Formats, join, kinds_of
+from hf_dflop.pipeline.kinds import Formats, join, kinds_of, run_encoder
 from hf_dflop.pipeline.shell import Foreign, shell
+from hf_dflop.pipeline.states import Shapes, pack, unpack
 
 if TYPE_CHECKING:
     from hf_dflop.pipeline.structure import Structure
@@ -231,7 +232,7 @@ class VisionPart(nn.Module):
         stack = structure.stack
         self.relay = _Relay()
         self.first = self.last = True
-        self.num_depths = 0
+        self._num_depths: dict[str, int] = {}  # by kind
         stands: dict[str, nn.Module] = {name: Foreign() for name in (structure.decoder, *structure.head)}
         bare = [""]
         if layers is not None:
@@ -256,58 +257,86 @@ class VisionPart(nn.Module):
         if not self.first and stack is not None:
             for name in stack.frames:
                 _keep_values(self.model.get_submodule(name))
-        self.keys = {"image": structure.vision_keys, "video": structure.video_keys}
+        self.keys = structure.keys
         self.body = structure.body
 
-    def encode(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """What the model's own `get_image_features` and `get_video_features` return, by kind, where there are pixels
-        for them; on a later stage without what is received, its shape."""
-        body: Any = self.model.get_submodule(self.body)
+    def encode(self, inputs: Mapping[str, Any], received: Mapping[str, torch.Tensor] | None = None) -> dict[str, Any]:
+        """What the model's own methods return, by kind, where there are pixels for them.
+
+        Args:
+            inputs (`Mapping`): of the model's `get_image_features` and `get_video_features`.
+            received (`Mapping`, *optional*):
+                Kind -> what a later stage received; without it that stage's layers run on what has its shape.
+        """
+        body = self.model.get_submodule(self.body)
         found = {}
         for kind in kinds_of(inputs) or ("image",):
-            known = {key: value for key, value in inputs.items() if key in self.keys[kind]}
-            method = body.get_video_features if kind == "video" else body.get_image_features
-            found[kind] = method(**known, return_dict=True)
+            self._begin(kind, None if received is None else received[kind])
+            found[kind] = run_encoder(body, kind, inputs, self.keys)
         return found
 
-    def incoming(self, inputs: Mapping[str, Any]) -> tuple[int, ...]:
-        """Shape of what a later stage receives for these inputs: hidden states, and those of depths taken before it,
+    def incoming(self, inputs: Mapping[str, Any]) -> Shapes:
+        """Shapes of what a later stage receives for these inputs: hidden states, and those of depths taken before it,
         side by side."""
-        self._begin(None)
+        shapes = {}
         self.relay.probing = True
         try:
             with torch.no_grad():
-                shape = self._until_stop(inputs).shape
+                for kind in kinds_of(inputs) or ("image",):
+                    self._begin(kind, None)
+                    shape = self._until_stop(kind, inputs).shape
+                    self._num_depths[kind] = self.relay.num_taken
+                    shapes[kind] = (*shape[:-1], shape[-1] * (1 + self.relay.num_taken))
         finally:
             self.relay.probing = False
-        self.num_depths = self.relay.num_taken
-        return (*shape[:-1], shape[-1] * (1 + self.num_depths))
+        return shapes
 
-    def _begin(self, received: torch.Tensor | None) -> None:
+    def _begin(self, kind: str, received: torch.Tensor | None) -> None:
         relay = self.relay
         relay.live, relay.num_taken = self.first, 0
         relay.received, relay.depths = received, []
-        if received is not None and self.num_depths:
-            relay.received, *relay.depths = (part.contiguous() for part in received.chunk(1 + self.num_depths, dim=-1))
+        if received is not None and self._num_depths[kind]:
+            parts = received.chunk(1 + self._num_depths[kind], dim=-1)
+            relay.received, *relay.depths = (part.contiguous() for part in parts)
 
-    def _until_stop(self, inputs: Mapping[str, Any]) -> torch.Tensor:
+    def _until_stop(self, kind: str, inputs: Mapping[str, Any]) -> torch.Tensor:
         try:
-            self.encode(inputs)
+            run_encoder(self.model.get_submodule(self.body), kind, inputs, self.keys)
         except _Reached:
             reached, self.relay.reached = self.relay.reached, None
             assert reached is not None
             return reached
         raise ModelError("the encoder came to its end without running its layers; run it as one stage.")
 
-    def forward(self, inputs: Mapping[str, Any], received: torch.Tensor | None, forms: Formats) -> torch.Tensor:
-        """Features `(rows, width)`, see `kinds`; before the last stage, what the next one receives."""
-        self._begin(received)
+    def forward(
+        self,
+        inputs: Mapping[str, Any],
+        received: torch.Tensor | None,
+        forms: Formats,
+        shapes: Shapes | None = None,
+    ) -> torch.Tensor:
+        """Features `(rows, width)`, see `kinds`; before the last stage, what the next one receives.
+
+        Args:
+            inputs (`Mapping`): of the model's `get_image_features` and `get_video_features`.
+            received (`torch.Tensor`, *optional*): what the stage before gave, on a later stage.
+            forms (`Mapping`): kind -> format of the features; used on the last stage.
+            shapes (`Mapping`, *optional*): with `received`, what `incoming` says for these inputs.
+        """
+        parts = None
+        if received is not None:
+            assert shapes is not None
+            parts = unpack(received, shapes)
         try:
             if self.last:
-                return join(self.encode(inputs), forms, self.model.get_submodule(self.body), inputs)
-            hidden = self._until_stop(inputs)
-            depths = [depth for depth in self.relay.depths if depth is not hidden]  # that one is there already
-            return torch.cat([hidden, *depths], dim=-1) if depths else hidden
+                return join(self.encode(inputs, parts), forms, self.model.get_submodule(self.body), inputs)
+            states = {}
+            for kind in kinds_of(inputs) or ("image",):
+                self._begin(kind, None if parts is None else parts[kind])
+                hidden = self._until_stop(kind, inputs)
+                depths = [depth for depth in self.relay.depths if depth is not hidden]  # that one is there already
+                states[kind] = torch.cat([hidden, *depths], dim=-1) if depths else hidden
+            return pack(states)
         finally:
             self.relay.received, self.relay.depths = None, []
 

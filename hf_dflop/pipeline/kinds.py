@@ -7,15 +7,14 @@ Assumption: `get_placeholder_mask` of the model tells the placeholders of both f
 videos have one token, `mm_token_type_ids` tells them apart; without it, an LLM's microbatch holds one kind.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 
-from hf_dflop.errors import ModelError, ShapeMismatchError
+from hf_dflop.errors import ShapeMismatchError
 from hf_dflop.pipeline._compat import takes_outputs
 from hf_dflop.pipeline.features import FeatureFormat, flatten, unflatten
-from hf_dflop.plan.plan import Plan
 
 __all__ = [
     "KINDS",
@@ -25,7 +24,8 @@ __all__ = [
     "is_pixels",
     "join",
     "kinds_of",
-    "refuse_videos",
+    "placeholder_kinds",
+    "run_encoder",
     "sent_width",
     "takes_videos",
 ]
@@ -59,21 +59,11 @@ def has_videos(inputs: Mapping[str, Any]) -> bool:
     return any("video" in key and _is(value) for key, value in inputs.items())
 
 
-def refuse_videos(given: Iterable[Mapping[str, Any] | None], name: str, plan: Plan, *, taken: bool) -> None:
-    """Raise `ModelError` if there are videos among the inputs that the model (`taken`) or the plan does not run."""
-    if not any(has_videos(inputs or {}) for inputs in given):
-        return
-    if not taken:
-        raise ModelError(
-            f"a microbatch holds videos, and the body of {name} has no get_video_features, no get_placeholder_mask "
-            "that tells where they belong, or takes no mm_encoder_outputs (transformers >= 5.18): drop videos, or use "
-            "DDP."
-        )
-    if plan.vision.num_stages > 1 or plan.vision.tp > 1:
-        raise ModelError(
-            f"a microbatch holds videos, and the encoder of {name} is cut (vision.layers={plan.vision.layers}, "
-            f"vision.tp={plan.vision.tp}): videos are run by an encoder in one stage, with vision.tp=1."
-        )
+def run_encoder(body: Any, kind: str, inputs: Mapping[str, Any], keys: Mapping[str, Collection[str]]) -> Any:
+    """What the model's own method for features of a kind returns; `keys`: the method's inputs, by kind."""
+    known = {key: value for key, value in inputs.items() if key in keys[kind]}
+    method = body.get_video_features if kind == "video" else body.get_image_features
+    return method(**known, return_dict=True)
 
 
 def _is(value: Any) -> bool:
@@ -95,6 +85,13 @@ def _of_videos(body: Any, inputs: Mapping[str, Any]) -> torch.Tensor:
             return types[images] == _VIDEO_TYPE
         return torch.full((int(images.sum()),), has_videos(inputs), device=ids.device)
     return videos[images | videos]
+
+
+def placeholder_kinds(body: Any, inputs: Mapping[str, Any]) -> tuple[str, ...]:
+    """Kinds whose placeholders are among an LLM's inputs, of a model that takes videos."""
+    videos = _of_videos(body, inputs)
+    found = {"image": bool((~videos).any()), "video": bool(videos.any())}
+    return tuple(kind for kind in KINDS if found[kind])
 
 
 def join(outputs: Mapping[str, Any], forms: Formats, body: Any, inputs: Mapping[str, Any]) -> torch.Tensor:

@@ -17,14 +17,12 @@ import torch
 
 from hf_dflop.errors import ModelError, PlanError
 from hf_dflop.pipeline.batch import StepBatch, StepResult
-from hf_dflop.pipeline.bridge import Route, route_step
+from hf_dflop.pipeline.bridge import route_step
 from hf_dflop.pipeline.check import check_chain
 from hf_dflop.pipeline.check_encoder import check_encoder
 from hf_dflop.pipeline.check_tensor import check_tensor_encoder, check_tensor_llm
 from hf_dflop.pipeline.deferred import PipelineOutput, deferred_call
-from hf_dflop.pipeline.features import FeatureFormat
-from hf_dflop.pipeline.handshake import agree_on_encoder, agree_on_formats, agree_on_stages, agree_on_videos, all_try
-from hf_dflop.pipeline.kinds import refuse_videos, takes_videos
+from hf_dflop.pipeline.handshake import Checks, Handshake
 from hf_dflop.pipeline.loss import count_label_tokens, sum_losses
 from hf_dflop.pipeline.reading import read_needed
 from hf_dflop.pipeline.recorder import StepRecorder
@@ -67,13 +65,18 @@ class PipelineModel(PipelineWeights):
         self._given_order = order
         self._orders: dict[int, Order] = {}
         self._runtimes: dict[Any, Any] = {}
-        self._forms: dict[str, FeatureFormat] = {}
-        self._takes_videos = takes_videos(model.get_submodule(self.structure.body))
         self.scaler: torch.amp.GradScaler | None = None  # of float16: scales the loss before the backward
         self.loss_factor = 1.0  # of the loss of `forward`, for loops that divide it by their accumulated calls
         self._sync = True
-        self._check = check
-        self._checked: set[bool] = set()
+        self._handshake = Handshake(
+            self.model_class.__name__,
+            self.topology,
+            self.place,
+            self.wire,
+            self._parts,
+            self.structure.body,
+            self._checks() if check else Checks(),
+        )
         self._stages = [
             RaggedStage(part, stage, self.topology, self.place, self._trainable_stages, self.wire)
             for stage, part in self._parts.items()
@@ -202,7 +205,7 @@ class PipelineModel(PipelineWeights):
             self._recorder.begin_call(shape.num_microbatches)
         routes = route_step(shape, self.topology.replicas(0), colocated=not self.topology.disjoint)
         runtime = self._runtime(order or self.order_for(shape.num_microbatches), shape.num_microbatches)
-        self._agree(batch, routes)
+        self._handshake.meet(batch, routes)
         if loss_scale is None:
             one = torch.ones((), device=self.wire.device)
             loss_scale = 1.0 if self.scaler is None or not backward else self.scaler.scale(one)
@@ -215,7 +218,7 @@ class PipelineModel(PipelineWeights):
                     shape=shape,
                     routes=routes,
                     inputs=list(given) or [None] * shape.num_microbatches,
-                    forms=self._forms,
+                    forms=self._handshake.forms,
                     loss_divisor=divisor,
                     loss_scale=loss_scale,
                     backward=backward,
@@ -257,41 +260,23 @@ class PipelineModel(PipelineWeights):
         for stage in self._stages:
             stage.recorder = recorder
 
-    def _agree(self, batch: StepBatch, routes: tuple[Route, ...]) -> None:
-        """At the first step, and the first with images or videos: the format of features; are the stages exact."""
-        has_images = any(any(route.encoder_rows) for route in routes)
-        name, given = self.model_class.__name__, (*batch.text, *batch.vision)
-        refuse = partial(refuse_videos, given, name, self.plan, taken=self._takes_videos)
-        if has_images and not self._forms:
-            all_try(refuse)
-        else:
-            refuse()
-        if not self._forms and has_images:
-            if self._check and self.structure.stack is not None:
-                check_parts = partial(check_encoder, self.model_class, self.config, self.plan)
-                agree_on_encoder(batch, routes, self.topology, self.place, check_parts)
-            if self._check and self.plan.vision.tp > 1:
-                check = self._tensor_check(check_tensor_encoder, self.plan.vision.tp)
-                agree_on_encoder(batch, routes, self.topology, self.place, check, all_shards=True)
-        found: dict[str, FeatureFormat] = {}
-        if has_images and len(self._forms) < (2 if self._takes_videos else 1):
-            vision = next((stage for stage in self._stages if stage.is_vision), None)
-            found = agree_on_formats(batch, routes, self.topology, self.place, self.wire, vision, self._forms)
-            self._forms |= found
-        if self._check and has_images not in self._checked and True not in self._checked:
-            self._checked.add(has_images)
-            check = partial(check_chain, self.model_class, self.config, self.structure, self.plan)
-            agree_on_stages(batch, self.topology, self.place, check, self._forms)
-            if self.plan.llm.tp > 1:
-                check = self._tensor_check(check_tensor_llm, self.plan.llm.tp, tied=self.structure.tied)
-                agree_on_stages(batch, self.topology, self.place, check, self._forms, all_shards=True)
-        if self._check and "video" in found:
-            check = partial(check_chain, self.model_class, self.config, self.structure, self.plan)
-            agree_on_videos(batch, self.topology, self.place, check, self._forms)
+    def _checks(self) -> Checks:
+        """What is tried on small copies before it is run."""
+        plan, structure, model = self.plan, self.structure, (self.model_class, self.config)
+        encoder = None if structure.stack is None else partial(check_encoder, *model, plan)
+        stages = partial(check_chain, *model, structure, plan)
 
-    def _tensor_check(self, check: Any, degree: int, **settings: Any) -> Any:
-        fixed = (self.model_class, self.config, self._tp_plan, degree, self._tensor_group, self.wire.device)
-        return partial(check, *fixed, **settings)
+        def shards(check: Any, degree: int, **settings: Any) -> Any:
+            if degree == 1:
+                return None
+            return partial(check, *model, self._tp_plan, degree, self._tensor_group, self.wire.device, **settings)
+
+        return Checks(
+            encoder=encoder,
+            encoder_shards=shards(check_tensor_encoder, plan.vision.tp),
+            stages=stages,
+            stage_shards=shards(check_tensor_llm, plan.llm.tp, tied=structure.tied),
+        )
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:

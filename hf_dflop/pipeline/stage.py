@@ -37,6 +37,7 @@ from hf_dflop.pipeline.loss import count_label_tokens
 from hf_dflop.pipeline.recorder import StepRecorder
 from hf_dflop.pipeline.shape import MicrobatchShape
 from hf_dflop.pipeline.split import LlmPart
+from hf_dflop.pipeline.states import Shapes, packed_size
 from hf_dflop.pipeline.topology import Place, Topology
 from hf_dflop.pipeline.wire import StageStep, Wire
 from hf_dflop.plan.actions import Kind
@@ -83,7 +84,7 @@ class RaggedStage(_PipelineStageBase):
         self._input_grads: dict[int, torch.Tensor | None] = {}
         self._saved: dict[int, tuple[torch.Tensor | None, torch.Tensor | None]] = {}
         self._weights: dict[int, Callable[[], None]] = {}
-        self._incoming: dict[int, tuple[int, ...]] = {}  # of a later stage of the encoder
+        self._incoming: dict[int, Shapes] = {}  # of a later stage of the encoder
         self._pending: deque[tuple[int, list[Any]]] = deque()
 
     # What a call needs ------------------------------------------------------------------------------------------
@@ -135,7 +136,7 @@ class RaggedStage(_PipelineStageBase):
 
     def _input_size(self, microbatch: int) -> tuple[int, ...]:
         if self.is_vision:
-            return self._incoming[microbatch]
+            return packed_size(self._incoming[microbatch])
         shape = self.shape_of(microbatch)
         if self.stage_index == self.first_llm_stage:
             return (shape.num_features, sent_width(self.step.forms))
@@ -191,7 +192,7 @@ class RaggedStage(_PipelineStageBase):
         if self._idle(fwd_chunk_id):
             return []
         if self.is_vision:
-            self._incoming[fwd_chunk_id] = self._ask_shape(fwd_chunk_id)
+            self._incoming[fwd_chunk_id] = self._ask_shapes(fwd_chunk_id)
         size = self._input_size(fwd_chunk_id)
         if not size[0]:
             return []
@@ -199,8 +200,8 @@ class RaggedStage(_PipelineStageBase):
         self._received[fwd_chunk_id] = buffer
         return self._receive(self.stage_index - 1, self._peers_before(fwd_chunk_id, buffer))
 
-    def _ask_shape(self, microbatch: int) -> tuple[int, ...]:
-        """What precedes the encoder's layers gives the shape that runs through them: nothing is negotiated."""
+    def _ask_shapes(self, microbatch: int) -> Shapes:
+        """What precedes the encoder's layers gives the shapes that run through them: nothing is negotiated."""
         assert isinstance(self.submod, VisionPart)
         with self.wire.context():
             return self.submod.incoming(self.wire.to_device(self._inputs_of(microbatch)))
@@ -288,7 +289,7 @@ class RaggedStage(_PipelineStageBase):
         step = self.step
         inputs = self.wire.to_device(self._inputs_of(microbatch))
         if isinstance(self.submod, VisionPart):
-            output = self.submod(inputs, received, step.forms)
+            output = self.submod(inputs, received, step.forms, self._incoming.get(microbatch))
             if not self.submod.last:
                 return self._sendable(output)
         else:

@@ -54,6 +54,11 @@ class Structure:
     """Parts of the encoder, where it is to be cut."""
 
     @property
+    def keys(self) -> dict[str, tuple[str, ...]]:
+        """Inputs of the methods for features, by kind."""
+        return {"image": self.vision_keys, "video": self.video_keys}
+
+    @property
     def between(self) -> tuple[str, ...]:
         """Modules whose own parameters (a newline embedding) belong to the encoder: the body, on to the decoder."""
         names, at = [self.body], self.body

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from hf_dflop.errors import ModelError, PlanError
-from hf_dflop.pipeline import MicrobatchShape, StepShape, Topology, build_batch
-from hf_dflop.pipeline.kinds import refuse_videos, takes_videos
+from hf_dflop.pipeline import MicrobatchShape, StepBatch, StepShape, Topology, build_batch
+from hf_dflop.pipeline.handshake import Checks, Handshake
+from hf_dflop.pipeline.kinds import takes_videos
 from hf_dflop.pipeline.router import read_routers, sent_widths
 from hf_dflop.pipeline.skeleton import unwrap
 from hf_dflop.pipeline.split import build_part
@@ -49,17 +50,16 @@ def test_routers_are_read_from_the_layers_and_refused_where_their_loss_would_dif
 
 @pytest.mark.parametrize("key", ["pixel_values_videos", "video_grid_thw"])
 def test_videos_are_refused_where_they_cannot_be_run(key: str) -> None:
-    given = [None, {"input_ids": torch.zeros(1, 5), key: torch.ones(1)}]
-    plan = pipelines.plan((1, 1, 1))
-    assert not takes_videos(pipelines.model("llava").model)
     assert takes_videos(pipelines.model("qwen2_vl").model)
-    refuse_videos([None, {"pixel_values": torch.ones(1), key: None}], "Model", plan, taken=False)
-    refuse_videos(given, "Model", plan, taken=True)
-    with pytest.raises(ModelError, match="the body of Model has no get_video_features"):
-        refuse_videos(given, "Model", plan, taken=False)
-    for cut in ({"encoder": (1, 1)}, {"vision_tp": 2}):
-        with pytest.raises(ModelError, match="the encoder of Model is cut"):
-            refuse_videos(given, "Model", pipelines.plan((1, 1, 1), **cut), taken=True)
+    built, plan = pipelines.model("llava", torch.float32), pipelines.plan((1, 1, 1), num_microbatches=1)
+    assert not takes_videos(built.model)
+    topology, structure = Topology(plan=plan), read_structure(built)
+    place, parts = topology.place(1), {1: build_part(built, structure, plan, 1)}
+    handshake = Handshake("Llava", topology, place, None, parts, structure.body, Checks())  # type: ignore[arg-type]
+    shape = StepShape(microbatches=((MicrobatchShape.of([5], [0]),),), label_tokens=4)
+    handshake.meet(StepBatch(shape=shape, text=({"pixel_values": torch.ones(1), key: None},)), ())
+    with pytest.raises(ModelError, match="the body of Llava has no get_video_features"):
+        handshake.meet(StepBatch(shape=shape, text=({"input_ids": torch.zeros(1, 5), key: torch.ones(1)},)), ())
 
 
 def test_ids_go_to_the_encoder_only_with_images_and_videos() -> None:
