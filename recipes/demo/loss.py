@@ -1,9 +1,9 @@
 """The model's own loss without its logits: they are made, used and dropped for a few hundred tokens at a time.
 
 With a vocabulary of 49,152 tokens the logits of a microbatch, their log-softmax and two gradients of that size are
-most of a training step's memory. Here the head hands the hidden states on, and the loss multiplies them by its weight piece
-by piece, forward and backward at once, as fused kernels do on GPUs. Same value, same gradients and the same products
-(also of tokens without a label), for every sampler alike; evaluation sees logits as ever.
+most of a training step's memory. Here the head hands the hidden states on, and the loss multiplies them by its weight
+piece by piece, forward and backward at once, as fused kernels do on GPUs. Same value, same gradients and the same
+products (also of tokens without a label), for every sampler alike; evaluation sees logits as ever.
 
 Assumption: a linear head without bias, whose output goes into `loss_function` as it is.
 """
