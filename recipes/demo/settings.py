@@ -42,7 +42,7 @@ class DemoSettings:
     num_rounds: int = 3
     num_calibration: int = 12
     num_eval_samples: int = 8
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-4
 
     @property
     def samples_per_step(self) -> int:
