@@ -4,6 +4,7 @@ Arguments: "suite" or "all".
 """
 
 import functools
+import inspect
 import sys
 from typing import Any
 from unittest import mock
@@ -19,6 +20,8 @@ from hf_dflop.pipeline import MicrobatchShape, PipelineModel, StepShape, encoder
 from tests.distributed import pipelines as p
 from tests.unit.profile.test_videos import MODELS, TEXT, TOWER, frames, processor
 
+MODELS_TAKE_FEATURES = "mm_encoder_outputs" in inspect.signature(tf.Qwen2_5_VLModel.forward).parameters
+"""Before transformers 5.18 they do not, and videos are refused."""
 LAYERS = 4
 EVERY_LAYOUT: list[p.Layout] = [(1, 1, 1), (1, 2, 1), (2, 1, 1), (1, 1, 2), (2, 2, 2)]
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
@@ -176,8 +179,21 @@ def negative_controls(worlds: p.Worlds, case: Case) -> None:
         print("videos: negative controls", flush=True)
 
 
+def refused(worlds: p.Worlds) -> None:
+    """What a transformers whose models take no features makes of the same."""
+    case = Case(worlds, "qwen2_5_vl", torch.float64)
+    with worlds.of(2) as inside:
+        if inside:
+            with pytest.raises(ModelError, match="takes no mm_encoder_outputs"):
+                case.run((1, 1, 1))
+    if worlds.rank == 0:
+        print("videos: refused", flush=True)
+
+
 if __name__ == "__main__":
     worlds = p.Worlds()
+    if not MODELS_TAKE_FEATURES:
+        sys.exit(refused(worlds))
     every = sys.argv[1] == "all"
     names = list(CASES) if sys.argv[1] in ("all", "suite") else sys.argv[1].split(",")
     for number, family in enumerate(names):

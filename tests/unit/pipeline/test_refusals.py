@@ -5,6 +5,7 @@ import torch
 
 from hf_dflop.errors import ModelError, PlanError
 from hf_dflop.pipeline import MicrobatchShape, StepShape, Topology, build_batch
+from hf_dflop.pipeline._compat import takes_outputs
 from hf_dflop.pipeline.kinds import refuse_videos, takes_videos
 from hf_dflop.pipeline.router import read_routers, sent_widths
 from hf_dflop.pipeline.skeleton import unwrap
@@ -52,7 +53,7 @@ def test_videos_are_refused_where_they_cannot_be_run(key: str) -> None:
     given = [None, {"input_ids": torch.zeros(1, 5), key: torch.ones(1)}]
     plan = pipelines.plan((1, 1, 1))
     assert not takes_videos(pipelines.model("llava").model)
-    assert takes_videos(pipelines.model("qwen2_vl").model)
+    assert takes_videos(body := pipelines.model("qwen2_vl").model) is takes_outputs(body)
     refuse_videos([None, {"pixel_values": torch.ones(1), key: None}], "Model", plan, taken=False)
     refuse_videos(given, "Model", plan, taken=True)
     with pytest.raises(ModelError, match="the body of Model has no get_video_features"):
