@@ -106,8 +106,11 @@ def run_launch(launch: dict[str, Any]) -> None:
     status = 1
     try:
         status = run_ranks(launch["module"], launch["arguments"], launch["num_processes"])
+    except BaseException:
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(status)
 
 
