@@ -1,5 +1,6 @@
 """What is learned of a conversation, and how text is put together."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -131,3 +132,17 @@ def test_a_token_on_the_border_is_learned() -> None:
     offsets = np.array([[0, 0], [0, 2], [2, 4], [4, 6], [0, 0]])
     assert labelled(offsets, [(3, 5)], "assistant").tolist() == [False, False, True, True, False]
     assert labelled(offsets, [(3, 5)], "all").tolist() == [True, False, True, True, True]
+
+
+@pytest.mark.parametrize("declared", [True, False])
+def test_a_suffix_is_given_to_processors_that_say_they_take_one(declared: bool) -> None:
+    """In the signature of their call, or, as older ones, in the typed dict of its arguments."""
+    arguments = SimpleNamespace(__annotations__={"text_kwargs": SimpleNamespace(__annotations__={"suffix": str})})
+
+    class Old(type(tiny.llava())):
+        valid_processor_kwargs = arguments if declared else SimpleNamespace(__annotations__={})
+
+    processor = tiny.llava()
+    processor.__class__ = Old
+    assert Renderer(processor).takes_suffix is declared
+    assert Renderer(tiny.paligemma()).takes_suffix
