@@ -295,6 +295,7 @@ def check_saved(trainer: DflopTrainer, folder: Path, case: Case) -> None:
     else:
         eager = {"experts_implementation": "eager"} if case.family.endswith("moe") else {}  # knows float64
         loaded = type(model).from_pretrained(folder, dtype=torch.float64, **eager).eval()
+        loaded = loaded.double()  # its frequencies, too, which loading leaves in float32
     state = unwrap(loaded).state_dict()
     assert all(torch.equal(state[name], value) for name, value in trainer.pipe.state_dict().items())
     pipe = trainer.pipe.eval()

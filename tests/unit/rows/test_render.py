@@ -9,6 +9,7 @@ import pytest
 from hf_dflop.errors import ProcessorError
 from hf_dflop.rows import Renderer, Row, image_token
 from hf_dflop.rows.labels import expand, labelled, shift_spans
+from hf_dflop.rows.render import _takes_suffix
 from tests.unit.rows import tiny
 
 IMAGE = {"type": "image"}
@@ -137,12 +138,14 @@ def test_a_token_on_the_border_is_learned() -> None:
 @pytest.mark.parametrize("declared", [True, False])
 def test_a_suffix_is_given_to_processors_that_say_they_take_one(declared: bool) -> None:
     """In the signature of their call, or, as older ones, in the typed dict of its arguments."""
-    arguments = SimpleNamespace(__annotations__={"text_kwargs": SimpleNamespace(__annotations__={"suffix": str})})
+    arguments = {"suffix": str} if declared else {}
+    stand = SimpleNamespace(__annotations__={"text_kwargs": SimpleNamespace(__annotations__=arguments)})
 
-    class Old(type(tiny.llava())):
-        valid_processor_kwargs = arguments if declared else SimpleNamespace(__annotations__={})
+    class Older:
+        valid_processor_kwargs = stand
 
-    processor = tiny.llava()
-    processor.__class__ = Old
-    assert Renderer(processor).takes_suffix is declared
+        def __call__(self, text: Any, **kwargs: Any) -> None: ...
+
+    assert _takes_suffix(Older()) is declared
     assert Renderer(tiny.paligemma()).takes_suffix
+    assert not Renderer(tiny.llava()).takes_suffix
