@@ -236,7 +236,8 @@ class TokenCounter:
     def _image_kwargs(self) -> dict[str, Any]:
         """The processor's own defaults for its image processor, which differ from the image processor's."""
         try:
-            return dict(self.processor._merge_kwargs()["images_kwargs"])
+            declared = getattr(self.processor, "valid_processor_kwargs", None)  # what an older transformers wants
+            return dict(self.processor._merge_kwargs(declared)["images_kwargs"])
         except (AttributeError, TypeError, KeyError):
             return dict(getattr(self.processor, "images_kwargs", {}))
 

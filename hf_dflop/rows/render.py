@@ -118,6 +118,14 @@ def feature_ids(processor: Any) -> tuple[int, ...]:
     return tuple(sorted({token.feature_id for token in tokens if token is not None}))
 
 
+def _takes_suffix(processor: Any) -> bool:
+    """Whether a processor takes prompt and suffix apart: it says so in its call, or in the arguments for text that it
+    declares."""
+    declared = getattr(getattr(processor, "valid_processor_kwargs", None), "__annotations__", {}).get("text_kwargs")
+    called = inspect.signature(type(processor).__call__).parameters
+    return "suffix" in called or "suffix" in getattr(declared, "__annotations__", {})
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rendered:
     """A row as text."""
@@ -149,7 +157,7 @@ class Renderer:
         self.video_token = video_token(processor)
         self.audio_token = audio_token(processor)
         self.feature_ids = feature_ids(processor)
-        self.takes_suffix = "suffix" in inspect.signature(type(processor).__call__).parameters
+        self.takes_suffix = _takes_suffix(processor)
         found = find_template(processor)
         self._template = None if found is None else ChatTemplate(*found, processor.tokenizer)
         self._bos: str = getattr(processor.tokenizer, "bos_token", None) or ""

@@ -3,7 +3,8 @@
 Importing them is half of the time of a short test; so it is done once, for all ranks of all launches. A launch is a
 line of JSON on standard input: `module`, `arguments`, `num_processes` (0: one process without a rank), `environment`,
 `output` (a file). The answers are two lines: the process group of the launch, and when all is over its exit status.
-The environment of a rank is torchrun's. When one rank fails, the others are ended.
+The environment of a rank is torchrun's. When one rank fails, the others are ended. What a script's `prepare()` makes
+(into caches), and what it imports, is there once for all of its ranks: they are forked from a process that has it.
 """
 
 import importlib
@@ -18,6 +19,8 @@ from typing import Any
 
 import torch
 
+from hf_dflop.balance.warmup import warm_up
+
 # What the scripts import. Nothing here may start threads: a fork takes only the calling one along.
 _LIBRARIES = [
     "accelerate", "datasets", "peft", "torch.distributed.fsdp", "torch.distributed.pipelining",
@@ -25,6 +28,7 @@ _LIBRARIES = [
     "transformers.models.llava.modeling_llava", "transformers.models.llama.modeling_llama",
     "transformers.models.clip.modeling_clip", "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl",
     "transformers.models.gemma3.modeling_gemma3", "transformers.models.qwen3_vl.modeling_qwen3_vl",
+    "hf_dflop.integrations", "hf_dflop.pipeline", "tests.distributed.harness", "tests.distributed.pipelines",
 ]  # fmt: skip
 
 
@@ -52,8 +56,19 @@ def run_module(module: str, arguments: list[str]) -> None:
         os._exit(status)
 
 
+def prepare(module: str, arguments: list[str]) -> None:
+    """Import what the ranks will, and what the script has for all of them; as `__main__` it is run in each rank."""
+    sys.argv = [module, *arguments]
+    imported = importlib.import_module(module)
+    if hasattr(imported, "prepare"):
+        imported.prepare()
+    del sys.modules[module]
+
+
 def run_ranks(module: str, arguments: list[str], num_processes: int) -> int:
     """Fork all ranks and wait for them; returns the exit status."""
+    if num_processes > 1:
+        prepare(module, arguments)
     port = free_port()
     children = {}
     for rank in range(num_processes):
@@ -91,8 +106,11 @@ def run_launch(launch: dict[str, Any]) -> None:
     status = 1
     try:
         status = run_ranks(launch["module"], launch["arguments"], launch["num_processes"])
+    except BaseException:
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(status)
 
 
@@ -102,6 +120,8 @@ def main() -> None:
     torch.set_num_threads(1)
     for library in _LIBRARIES:
         importlib.import_module(library)
+    for padded in (True, False):
+        warm_up(objective="step", padded=padded)
     for line in sys.stdin:
         child = os.fork()
         if child == 0:

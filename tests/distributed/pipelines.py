@@ -4,6 +4,7 @@ import contextlib
 import copy
 import datetime
 import functools
+import inspect
 import os
 from collections.abc import Callable, Iterator, Sequence
 from io import BytesIO
@@ -39,9 +40,34 @@ FAMILIES = {
 }
 
 
+class Remembering(VisionLanguageCollator):
+    """Remembers the batches of the rows of `rows_of`, which are the same objects each time."""
+
+    def __init__(self, processor: Any) -> None:
+        super().__init__(processor)
+        self.made: dict[tuple[int, ...], tuple[Any, dict[str, Any]]] = {}
+
+    def __call__(self, rows: Sequence[Any]) -> dict[str, Any]:
+        key = tuple(map(id, rows))
+        if key not in self.made:
+            self.made[key] = list(rows), super().__call__(rows)  # with the rows, whose ids stay theirs that way
+        return {name: value.clone() for name, value in self.made[key][1].items()}
+
+
 @functools.cache
 def collator(family: str) -> Any:
-    return VisionLanguageCollator(FAMILIES[family]())
+    return Remembering(FAMILIES[family]())
+
+
+def prepare(family: str, *text_only: bool, dtype: torch.dtype = torch.float64, **settings: Any) -> None:
+    """Make what all ranks make: a model, and the batches of cells with and without images and of each row."""
+    model(family, dtype, **settings)
+    for chosen in text_only or (False,):
+        for rows in cells_of(family, text_only=chosen):
+            if rows:
+                collator(family)(rows)
+                for row in rows:
+                    collator(family)([row])
 
 
 def _config(family: str) -> Any:
@@ -151,6 +177,11 @@ def model(
         decoder = built.model.language_model.layers
         decoder[-1].mlp.up_proj.weight = decoder[0].mlp.up_proj.weight
     return with_lora(built, target_modules=adapted) if adapted else built
+
+
+def takes_routers(built: Any) -> bool:
+    """Whether the model computes the balancing loss where its config asks; before, only where a call did (5.17)."""
+    return "output_router_logits" in inspect.signature(type(built).forward).parameters
 
 
 def with_lora(built: Any, **settings: Any) -> Any:

@@ -24,6 +24,8 @@ def test_schedules_placements_and_negative_controls() -> None:
 def test_gradients_of_videos_are_those_of_one_process() -> None:
     which, size, timeout_s = ("all", 6, 500) if EVERY_CASE else ("suite", 3, 240)
     output = launch(f"{SCRIPTS}.pipeline_videos", which, num_processes=size, timeout_s=timeout_s)
+    if "videos: refused" in output:
+        pytest.skip("models of this transformers take no features of videos, and the pipeline refused them")
     assert output.count("videos: ") == (92 if EVERY_CASE else 20)
 
 

@@ -26,6 +26,8 @@ def test_ten_steps_and_a_stock_checkpoint(folder: Path, cases: list[str]) -> Non
 
 def test_rows_with_videos(tmp_path: Path) -> None:
     output = launch("tests.distributed.scripts.pipeline_videos_trainer", str(tmp_path), num_processes=2)
+    if output.count("videos trainer: refused") == 2:
+        pytest.skip("models of this transformers take no features of videos, and the pipeline refused them")
     assert output.count("videos trainer: exact") == 2
 
 

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from datasets import Dataset, Image, List, load_from_disk
 
-from tests.distributed.launch import ROOT
+from tests.distributed.launch import PYTHONPATH, ROOT
 from tests.unit.profile.hub import hub, hub_environment
 
 pytestmark = pytest.mark.distributed
@@ -25,7 +25,7 @@ def _launch(arguments: list[str], *, num_processes: int, hub: dict[str, str] | N
         "--dynamo_backend", "no", "--main_process_ip", "127.0.0.1", "--main_process_port", "0",
         "recipes/finetune_vlm.py", *arguments,
     ]  # fmt: skip
-    offline = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    offline = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": PYTHONPATH}
     environment = (offline if hub is None else hub) | {"OMP_NUM_THREADS": "1"}
     finished = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200, check=False
@@ -107,7 +107,7 @@ def test_it_refuses_to_run_on_fewer_processes_than_expected(ingredients: tuple[s
     command = [sys.executable, "recipes/finetune_vlm.py", "--model", model, "--dataset", data, "--use_cpu"]
     finished = subprocess.run(
         [*command, "--expect_processes", "2", "--output_dir", str(tmp_path)], cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=100, check=False,
+        env=os.environ | {"PYTHONPATH": PYTHONPATH}, capture_output=True, text=True, timeout=100, check=False,
     )  # fmt: skip
     assert finished.returncode != 0
     assert "--expect_processes 2, but 1 started" in finished.stderr

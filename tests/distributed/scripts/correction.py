@@ -59,7 +59,7 @@ class Sleeper(harness.NotingTrainer):
 
     truth: CostVersions
     slowness: float
-    noise = np.random.default_rng(3 + int(os.environ["RANK"]))
+    noise = np.random.default_rng(3 + int(os.environ.get("RANK", 0)))
     is_real = False
     seconds: float
 

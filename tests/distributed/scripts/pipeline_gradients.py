@@ -64,6 +64,11 @@ def jobs() -> list[tuple[str, list[p.Layout], torch.dtype, bool]]:
     return [(name, layouts, getattr(torch, sys.argv[3]), False) for name in names]  # type: ignore[misc]
 
 
+def prepare() -> None:
+    for family, _, dtype, tied in jobs():
+        p.prepare(family, dtype=dtype, tied=tied)
+
+
 if __name__ == "__main__":
     worlds = p.Worlds()
     for family, layouts, dtype, tied in jobs():

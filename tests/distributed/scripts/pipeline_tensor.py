@@ -112,9 +112,19 @@ def controls(expected: Any) -> None:
         print(f"tensor: controls fail, {error:.1e}", flush=True)
 
 
+def asked() -> list[str]:
+    return {"suite": list(SUITE), "all": list(CASES)}.get(sys.argv[1]) or sys.argv[1].split(",")
+
+
+def prepare() -> None:
+    for family, _, settings in map(CASES.__getitem__, asked()):
+        chosen = {"dtype": settings.get("dtype", torch.float64), "tied": settings.get("tied", False), "key_heads": 2}
+        p.prepare(family, **chosen)
+
+
 if __name__ == "__main__":
     worlds = p.Worlds()
-    names = {"suite": list(SUITE), "all": list(CASES)}.get(sys.argv[1]) or sys.argv[1].split(",")
+    names = asked()
     references: dict[Any, Any] = {}
     for name in names:
         start = time.perf_counter()

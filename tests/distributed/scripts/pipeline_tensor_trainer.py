@@ -104,7 +104,7 @@ def check_saved(trainer: DflopTrainer, folder: Path) -> None:
     """Plain transformers loads what is saved, with the same parameters and logits."""
     trainer.save_model(str(folder))
     model, rows, collator = ingredients(torch.float64)
-    loaded = type(model).from_pretrained(folder, dtype=torch.float64).eval()
+    loaded = type(model).from_pretrained(folder, dtype=torch.float64).double().eval()  # its frequencies, too
     state, pipe = loaded.state_dict(), trainer.pipe
     assert all(torch.equal(state[name], pipe.whole(name, value)) for name, value in pipe.state_dict().items())
     pipe.eval()

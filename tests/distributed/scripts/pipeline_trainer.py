@@ -70,7 +70,9 @@ def ingredients(dtype: torch.dtype, family: str = "llava", *, dropout: float = 0
     """Model, annotated rows (27: an epoch is four steps, and the last is short), collator."""
     if family.startswith("qwen"):
         processor = pipelines.collator(family).processor
-        built = pipelines.model(family, dtype, layers=LAYERS[family], balance=0.5 if family.endswith("moe") else 0.0)
+        built = pipelines.model(family, dtype, layers=LAYERS[family])
+        if family.endswith("moe") and pipelines.takes_routers(built):
+            built = pipelines.model(family, dtype, layers=LAYERS[family], balance=0.5)
     else:
         processor = chats.chat_processor()
         built = chats.model(processor).to(dtype)
@@ -293,6 +295,7 @@ def check_saved(trainer: DflopTrainer, folder: Path, case: Case) -> None:
     else:
         eager = {"experts_implementation": "eager"} if case.family.endswith("moe") else {}  # knows float64
         loaded = type(model).from_pretrained(folder, dtype=torch.float64, **eager).eval()
+        loaded = loaded.double()  # its frequencies, too, which loading leaves in float32
     state = unwrap(loaded).state_dict()
     assert all(torch.equal(state[name], value) for name, value in trainer.pipe.state_dict().items())
     pipe = trainer.pipe.eval()

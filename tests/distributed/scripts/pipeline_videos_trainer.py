@@ -6,16 +6,18 @@ from typing import Any
 from unittest import mock
 
 import datasets
+import pytest
 import torch
 import torch.distributed as dist
 from transformers import TrainingArguments
 
 import hf_dflop
+from hf_dflop.errors import ModelError
 from hf_dflop.integrations import DflopTrainer
 from hf_dflop.pipeline import PipelineModel
 from hf_dflop.rows import videos
 from tests.distributed import pipelines as p
-from tests.distributed.scripts.pipeline_videos import LAYERS, model, row, stock_processor
+from tests.distributed.scripts.pipeline_videos import LAYERS, MODELS_TAKE_FEATURES, model, row, stock_processor
 from tests.unit.profile.test_videos import frames
 
 FAMILY, STEPS, LEARNING_RATE = "qwen2_5_vl", 3, 1e-3
@@ -67,6 +69,11 @@ if __name__ == "__main__":
     losses, expected = plain_loop(model(FAMILY, torch.float64), rows, p.casting(collator, torch.float64))
     plan = p.plan((1, 1, 1), layers=LAYERS, num_microbatches=4)
     trainer = DflopTrainer(PipelineModel.from_model(built, plan=plan), args, collator, train_dataset=rows)
+    if not MODELS_TAKE_FEATURES:
+        with pytest.raises(ModelError, match="takes no mm_encoder_outputs"):
+            trainer.train()
+        print("videos trainer: refused", flush=True)
+        sys.exit()
     encodes = dist.get_rank() == 0
     with mock.patch.object(videos, "load_image", videos.load_image if encodes else decodes):
         trainer.train()

@@ -36,6 +36,7 @@ QWEN_VISION = {
     "spatial_merge_size": 2,
     "temporal_patch_size": 2,
 }
+HEAD = {"vision_use_head": True}  # the default of the model, which not every version of its config tells
 IMAGE_ID = 290
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
 
@@ -226,7 +227,7 @@ def glm4v() -> Built:
 
 def gemma3() -> Built:
     config = tf.Gemma3Config(
-        vision_config=VISION,
+        vision_config=VISION | HEAD,
         text_config=TEXT | {"head_dim": 24, "sliding_window": 16},
         image_token_id=IMAGE_ID,
         mm_tokens_per_image=16,
@@ -242,7 +243,7 @@ def gemma3() -> Built:
 
 def paligemma() -> Built:
     config = tf.PaliGemmaConfig(
-        vision_config=VISION | {"model_type": "siglip_vision_model"},
+        vision_config=VISION | {"model_type": "siglip_vision_model"} | HEAD,
         text_config=TEXT | {"model_type": "gemma", "head_dim": 24},
         image_token_id=IMAGE_ID,
         projection_dim=64,

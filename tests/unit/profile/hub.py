@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from tests.distributed.launch import PYTHONPATH
+
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -147,5 +149,5 @@ def hub_environment(endpoint: str, home: Path) -> dict[str, str]:
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "no_proxy": "127.0.0.1",
         "NO_PROXY": "127.0.0.1",
-        "PYTHONPATH": str(Path(__file__).parents[3]),
+        "PYTHONPATH": PYTHONPATH,
     }

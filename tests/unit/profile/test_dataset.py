@@ -19,6 +19,7 @@ from hf_dflop.profile import counts as module
 from hf_dflop.rows import encode, read_row
 from hf_dflop.rows.layout import Layout
 from hf_dflop.shapes import SHAPE_COLUMNS, Shapes
+from tests.distributed.launch import PYTHONPATH
 from tests.unit.rows import tiny
 
 
@@ -129,11 +130,10 @@ print(time.perf_counter() - start, profile.totals["text_tokens"])
 
 def test_a_fresh_process_reads_the_cache(tmp_path: Path, own_cache: Path) -> None:
     make().save_to_disk(tmp_path / "data")
-    root = Path(__file__).parents[3]
     _, profile = profile_dataset(datasets.load_from_disk(tmp_path / "data"), tiny.llava())
     run = subprocess.run(
         [sys.executable, "-c", SECOND_PROCESS, str(tmp_path / "data")],
-        env={"PYTHONPATH": str(root), "HF_DATASETS_CACHE": str(own_cache), "OMP_NUM_THREADS": "1", "PATH": ""},
+        env={"PYTHONPATH": PYTHONPATH, "HF_DATASETS_CACHE": str(own_cache), "OMP_NUM_THREADS": "1", "PATH": ""},
         capture_output=True,
         text=True,
         check=True,

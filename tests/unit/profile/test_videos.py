@@ -1,6 +1,7 @@
 """Videos: annotated from lengths and sizes, as what the processor and the model make of them."""
 
 import functools
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from hf_dflop.rows import Layout, Row, encode
 from hf_dflop.rows.videos import VideoInfo
 from hf_dflop.shapes import Shapes
 from tests.unit.rows import tiny
-from tests.unit.rows.families import build
+from tests.unit.rows.families import NotBuilt, build
 
 TEMPLATE = tiny.CHATML.replace("IMAGE{% else", "IMAGE{% elif c['type'] == 'video' %}VIDEO{% else")
 TEXT = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -81,11 +82,14 @@ def test_sampling_is_the_processors_own(
     for number, height, width, fps in ((9, 40, 60, 8.0), (37, 90, 31, 12.5), (64, 64, 64, 29.97), (16, 20, 100, 4.0)):
         info = VideoInfo(num_frames=number, height=height, width=width, fps=fps)
         noise = np.random.default_rng(number).integers(0, 256, (number, height, width, 3), dtype=np.uint8)
-        found = VideoCounter(counter).count([info])[0]
         kwargs = {"video_metadata": [info.metadata()], "return_metadata": True, "return_tensors": "pt"}
-        batch = stock(
-            text=[stock.video_token], videos=[noise], videos_kwargs=kwargs, return_text_replacement_offsets=True
-        )
+        try:
+            batch = stock(
+                text=[stock.video_token], videos=[noise], videos_kwargs=kwargs, return_text_replacement_offsets=True
+            )
+        except (ValueError, RuntimeError) as error:  # so with older versions of some
+            pytest.skip(f"the processor of this transformers takes the frames of one video for videos: {error}")
+        found = VideoCounter(counter).count([info])[0]
         assert found.replacement == batch["text_replacement_offsets"][0][0]["replacement"]
         tiles = counter.tiles_of(batch)
         assert (found.tiles, found.patches) == (len(tiles), sum(tiles))
@@ -95,7 +99,10 @@ def test_sampling_is_the_processors_own(
 
 
 def test_a_video_that_cannot_be_sampled_names_its_length() -> None:
-    stock = processor("gemma4")
+    try:
+        stock = processor("gemma4")
+    except NotBuilt as error:
+        pytest.skip(f"this transformers cannot build the processor: {error}")
     info = VideoInfo(num_frames=5, height=40, width=60, fps=10.0)
     with pytest.raises(DatasetError, match=r"refuses a video of 5 frames of 60x40 pixels: .*num_frames=32"):
         VideoCounter(TokenCounter(stock, build("gemma4")[1])).count([info])
@@ -251,7 +258,9 @@ def test_the_model_takes_as_many_features_and_attends_within_a_tile(
         assert torch.isfinite(model(**batch).loss)
         pixels = "pixel_values_videos" if "pixel_values_videos" in batch else "pixel_values"
         held = features(model, batch)
-        assert len(held) == counted["image_tokens"]
+        # LLaVA-OneVision ends with a line break, which the forward of an older transformers adds.
+        added = "image_newline" in inspect.getsource(inspect.unwrap(type(model.model).forward))
+        assert len(held) + added == counted["image_tokens"]
         changed = batch[pixels].clone().reshape(counted["image_tiles"], -1)
         changed[-1] += 1.0  # the last tile alone
         moved = (features(model, {**batch, pixels: changed.reshape(batch[pixels].shape)}) - held).abs().amax(dim=1) > 0
@@ -270,10 +279,11 @@ def features(model: Any, batch: dict[str, Any]) -> torch.Tensor:
     """What the vision side gives the LLM for the videos, `(num_features, width)`."""
     given = {k: v for k, v in batch.items() if k.startswith("pixel_values") or k == "video_grid_thw"}
     inner = model.model
+    pixels = given.pop(next(k for k in given if k.startswith("pixel_values")))  # by place: its name has changed
     if "video_grid_thw" in given or "llava" in type(model).__name__.lower():
-        output = inner.get_video_features(**given)
+        output = inner.get_video_features(pixels, **given)
     else:
-        output = inner.get_image_features(**given)
+        output = inner.get_image_features(pixels, **given)
     output = getattr(output, "pooler_output", output)
     output = torch.cat(list(output)) if isinstance(output, list | tuple) else output
     return output.reshape(-1, output.shape[-1])

@@ -170,7 +170,7 @@ def video_processor(family: str) -> Any:
     """The family's video processor with its own settings; `None` where it has none that can be built."""
     # Without torchvision, transformers forgets the names.
     auto = (ROOT / "auto" / "video_processing_auto.py").read_text(encoding="utf-8")
-    borrowed = dict(re.findall(r'\("(\w+)", \{"torchvision": "(\w+)"\}\)', auto)).get(family)
+    borrowed = dict(re.findall(r'\("(\w+)", (?:\{"torchvision": )?"(\w+)"', auto)).get(family)
     for path in _files("video_processing"):
         classes = re.findall(r"^class (\w+VideoProcessor)\(", path.read_text(encoding="utf-8"), re.M)
         name = borrowed if borrowed in classes else classes[-1] if classes and path.parent.name == family else None

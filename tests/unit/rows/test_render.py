@@ -1,5 +1,6 @@
 """What is learned of a conversation, and how text is put together."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from hf_dflop.errors import ProcessorError
 from hf_dflop.rows import Renderer, Row, image_token
 from hf_dflop.rows.labels import expand, labelled, shift_spans
+from hf_dflop.rows.render import _takes_suffix
 from tests.unit.rows import tiny
 
 IMAGE = {"type": "image"}
@@ -131,3 +133,19 @@ def test_a_token_on_the_border_is_learned() -> None:
     offsets = np.array([[0, 0], [0, 2], [2, 4], [4, 6], [0, 0]])
     assert labelled(offsets, [(3, 5)], "assistant").tolist() == [False, False, True, True, False]
     assert labelled(offsets, [(3, 5)], "all").tolist() == [True, False, True, True, True]
+
+
+@pytest.mark.parametrize("declared", [True, False])
+def test_a_suffix_is_given_to_processors_that_say_they_take_one(declared: bool) -> None:
+    """In the signature of their call, or, as older ones, in the typed dict of its arguments."""
+    arguments = {"suffix": str} if declared else {}
+    stand = SimpleNamespace(__annotations__={"text_kwargs": SimpleNamespace(__annotations__=arguments)})
+
+    class Older:
+        valid_processor_kwargs = stand
+
+        def __call__(self, text: Any, **kwargs: Any) -> None: ...
+
+    assert _takes_suffix(Older()) is declared
+    assert Renderer(tiny.paligemma()).takes_suffix
+    assert not Renderer(tiny.llava()).takes_suffix

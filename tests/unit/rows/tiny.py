@@ -193,12 +193,21 @@ def gemma3(pan_and_scan: bool = False) -> Any:
     template = "{{ bos_token }}" + CHATML.replace("IMAGE", "<start_of_image>")
     processor = Gemma3Processor(images, named, image_seq_length=4, chat_template=template)
     if pan_and_scan:
-        processor.images_kwargs = {
-            **type(processor).images_kwargs,
-            "do_pan_and_scan": True,
-            "pan_and_scan_min_crop_size": 64,
-        }
+        _default_for_images(processor, do_pan_and_scan=True, pan_and_scan_min_crop_size=64)
     return processor
+
+
+def _default_for_images(processor: Any, **settings: Any) -> None:
+    """As if the processor's class had these defaults for its image processor."""
+    if hasattr(processor, "images_kwargs"):
+        processor.images_kwargs = {**processor.images_kwargs, **settings}
+        return
+    declared = processor.valid_processor_kwargs  # where an older transformers has them
+
+    class Changed(declared, total=False):
+        _defaults = declared._defaults | {"images_kwargs": declared._defaults["images_kwargs"] | settings}
+
+    processor.valid_processor_kwargs = Changed
 
 
 def paligemma() -> Any:
