@@ -19,6 +19,7 @@ from hf_dflop.data.collate import VisionLanguageCollator
 from hf_dflop.data.structure import ModelStructure
 from hf_dflop.errors import DatasetError
 from hf_dflop.rows.encode import IGNORE
+from hf_dflop.rows.render import audio_extractor
 
 __all__ = ["PackedCollator"]
 
@@ -51,8 +52,8 @@ class PackedCollator:
     """
 
     def __init__(self, processor_or_collator: Any, model: Any, **settings: Any) -> None:
-        is_processor = hasattr(processor_or_collator, "tokenizer") and hasattr(
-            processor_or_collator, "image_processor"
+        is_processor = hasattr(processor_or_collator, "tokenizer") and (
+            hasattr(processor_or_collator, "image_processor") or audio_extractor(processor_or_collator) is not None
         )
         if settings and not is_processor:
             raise ValueError(f"{sorted(settings)} are for a processor; give them to your own collator instead")

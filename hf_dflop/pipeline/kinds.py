@@ -25,6 +25,7 @@ __all__ = [
     "is_pixels",
     "join",
     "kinds_of",
+    "refuse_sounds",
     "refuse_videos",
     "sent_width",
     "takes_videos",
@@ -74,6 +75,17 @@ def refuse_videos(given: Iterable[Mapping[str, Any] | None], name: str, plan: Pl
             f"a microbatch holds videos, and the encoder of {name} is cut (vision.layers={plan.vision.layers}, "
             f"vision.tp={plan.vision.tp}): videos are run by an encoder in one stage, with vision.tp=1."
         )
+
+
+def refuse_sounds(given: Iterable[Mapping[str, Any] | None], name: str) -> None:
+    """Raise `ModelError` if there are features of sounds among the inputs."""
+    for inputs in given:
+        for key, value in (inputs or {}).items():
+            if _is(value) and (key.startswith("input_features") or "audio" in key):
+                raise ModelError(
+                    f"a microbatch holds sounds ({key}), and a pipeline runs images and videos alone: drop the sounds, "
+                    f"or train {name} with Trainer and DflopCallback."
+                )
 
 
 def _is(value: Any) -> bool:

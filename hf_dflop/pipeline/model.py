@@ -24,7 +24,7 @@ from hf_dflop.pipeline.check_tensor import check_tensor_encoder, check_tensor_ll
 from hf_dflop.pipeline.deferred import PipelineOutput, deferred_call
 from hf_dflop.pipeline.features import FeatureFormat
 from hf_dflop.pipeline.handshake import agree_on_encoder, agree_on_formats, agree_on_stages, agree_on_videos, all_try
-from hf_dflop.pipeline.kinds import refuse_videos, takes_videos
+from hf_dflop.pipeline.kinds import refuse_sounds, refuse_videos, takes_videos
 from hf_dflop.pipeline.loss import count_label_tokens, sum_losses
 from hf_dflop.pipeline.recorder import StepRecorder
 from hf_dflop.pipeline.schedule import fits_plan, make_runtime, note_receives
@@ -246,7 +246,11 @@ class PipelineModel(PipelineWeights):
         """At the first step, and the first with images or videos: the format of features; are the stages exact."""
         has_images = any(any(route.encoder_rows) for route in routes)
         name, given = self.model_class.__name__, (*batch.text, *batch.vision)
-        refuse = partial(refuse_videos, given, name, self.plan, taken=self._takes_videos)
+
+        def refuse() -> None:
+            refuse_sounds(given, name)
+            refuse_videos(given, name, self.plan, taken=self._takes_videos)
+
         if has_images and not self._forms:
             all_try(refuse)
         else:
