@@ -3,9 +3,10 @@
 In: the config of a model, and shapes. Out: an `AudioSpec`, and forward FLOPs by term. Covered is Whisper's structure,
 by the fields of its config: a convolution over frames, one that halves them, transformer layers, and a projection of
 
-    one matrix, positions averaged in pairs            no `projector_hidden_act` (Qwen2-Audio, Qwen2.5-Omni)
-    two matrices, positions averaged in pairs          `projector_bias` (Audio Flamingo 3)
-    two matrices, positions laid side by side until they are `intermediate_size` wide          otherwise (Voxtral, GLM-ASR)
+    one matrix, positions averaged in pairs                 no `projector_hidden_act` (Qwen2-Audio, Qwen2.5-Omni)
+    two matrices, positions averaged in pairs               `projector_bias` (Audio Flamingo 3)
+    two matrices, positions side by side until they are
+    `intermediate_size` wide                                otherwise (Voxtral, GLM-ASR)
 
 Other encoders (conformers, two-dimensional convolutions, windows that slide) are told apart by what their configs lack
 or have more, and have no spec.

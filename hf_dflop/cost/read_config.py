@@ -88,8 +88,8 @@ def _read_hearing(config: Any, text_config: Any) -> ModelSpec:
         kind = get(config, "model_type", default=type(config).__name__)
         raise ModelError(
             f"the audio encoder of {kind!r} is not of Whisper's structure, and no other is covered by the FLOP "
-            "formulas. Build a ModelSpec by hand (patch_size=0, audio=AudioSpec(...) with the nearest dimensions), and "
-            "pass CostModel.analytic(spec) as cost_model."
+            "formulas. Build a ModelSpec by hand (patch_size=0, audio=AudioSpec(...) with the nearest dimensions), "
+            "and pass CostModel.analytic(spec) as cost_model."
         )
     layers = TransformerSpec(
         hidden=audio.hidden,

@@ -1,4 +1,4 @@
-"""The structure of a model of images or sounds and text that costs are computed from: dimensions and counts, no weights.
+"""The structure of a model of images or sounds that costs are computed from: dimensions and counts, no weights.
 
 `ModelSpec.from_config(config)` reads it from a Hugging Face config object (or its `to_dict()`), by the names
 of the fields that are there, never by the name of the model. A spec can also be written by hand, changed with
