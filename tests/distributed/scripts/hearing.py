@@ -28,13 +28,17 @@ def token_mean(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = Non
     return ForCausalLMLoss(outputs.logits, labels, vocab_size=vocab, num_items_in_batch=num_items_in_batch)
 
 
-def compare(name: str, processor: Any, build: Any, dataset: Any, dtype: torch.dtype, **given: Any) -> None:
+def compare(
+    name: str, processor: Any, build: Any, dataset: Any, dtype: torch.dtype, strict: bool = False, **given: Any
+) -> None:
+    """`strict`: the balanced run hangs if a rank leaves the encoder out."""
     initial = {key: value.detach().double() for key, value in build(processor).named_parameters()}
     runs = []
     for callbacks in ([], [DflopCallback(dataset)]):
         model = build(processor).to(dtype)
         collator = hearing.Collate(processor, dtype)
-        runs.append(train(dataset, callbacks, model=model, collator=collator, **SETTINGS, **given))
+        unused = {"ddp_find_unused_parameters": False} if strict and callbacks else {}
+        runs.append(train(dataset, callbacks, model=model, collator=collator, **SETTINGS, **unused, **given))
     stock, balanced = runs
     assert stock.accelerator.num_processes == WORLD
     assert stock.samples_of_steps() == balanced.samples_of_steps()
@@ -56,8 +60,8 @@ if __name__ == "__main__":
     flamingo = tiny.audioflamingo3()
     dataset, _ = profile_dataset(hearing.rows(61, longest_s=4), flamingo, verify=0)
     assert len(set(dataset["dflop_audio_frames"][:])) > 3
-    for dtype in (torch.float32, torch.float64):
-        compare("flamingo", flamingo, hearing.audioflamingo3, dataset, dtype)
+    compare("flamingo", flamingo, hearing.audioflamingo3, dataset, torch.float32, strict=True)
+    compare("flamingo", flamingo, hearing.audioflamingo3, dataset, torch.float64)
 
     qwen = tiny.qwen2_audio(2)
     dataset, _ = profile_dataset(hearing.rows(61, longest_s=2), qwen, verify=0)
