@@ -5,6 +5,7 @@ by the fields of its config: a convolution over frames, one that halves them, tr
 
     one matrix, positions averaged in pairs                 no `projector_hidden_act` (Qwen2-Audio, Qwen2.5-Omni)
     two matrices, positions averaged in pairs               `projector_bias` (Audio Flamingo 3)
+    two matrices, so many positions side by side            `audio_merge_size` (MOSS-Transcribe)
     two matrices, positions side by side until they are
     `intermediate_size` wide                                otherwise (Voxtral, GLM-ASR)
 
@@ -104,6 +105,9 @@ def read_audio(config: Any, out: int, assumptions: list[str] | None = None) -> A
         if get(audio, "encoder_layers") is None:
             return None
         linears = [(hidden, out)]
+    elif get(config, "audio_merge_size"):
+        averaged = int(get(config, "audio_merge_size"))
+        linears = [(averaged * hidden, out), (out, out)]
     elif get(config, "projector_bias") is not None:
         linears = [(hidden, out), (out, out)]
     elif intermediate % hidden == 0:

@@ -139,20 +139,20 @@ def check_images_and_collectives(
     if isinstance(wrapped, torch.nn.parallel.DistributedDataParallel):
         what = "never uses the encoder, and DDP with find_unused_parameters=False then waits for ever"
         remedy = (
-            " or set ddp_find_unused_parameters=True (with gradient_checkpointing_kwargs={'use_reentrant': False} if "
+            "set ddp_find_unused_parameters=True (with gradient_checkpointing_kwargs={'use_reentrant': False} if "
             "you use gradient checkpointing)"
         )
     else:
         what = "skips the collectives of the encoder that the others run, and all wait for ever"
-        remedy = f" train on the samples with {needed}, or use DDP"
+        remedy = f"train on the samples with {needed}, or use DDP"
     per_step = samples_per_step * (1 - without / len(shapes))
     if fills or (spreads and per_step >= groups_per_step):
         return True  # the sampler looks at every step
     raise TrainerError(
         f"{without} of {len(shapes)} samples have not {needed}: a rank whose microbatch has none {what} (with or "
         f"without balancing). A step has {per_step:.1f} samples with {needed} on average for {groups_per_step} "
-        f"microbatches{'' if spreads else ', and balance=False does not spread them'}. Use "
-        f"{'' if shapes.num_audios.any() else 'VisionLanguageCollator(dummy_image=True),'}{remedy}."
+        f"microbatches{'' if spreads else ', and balance=False does not spread them'}. Remedy: "
+        f"{'' if shapes.num_audios.any() else 'use VisionLanguageCollator(dummy_image=True), or '}{remedy}."
     )
 
 

@@ -15,10 +15,10 @@ from tests.distributed.harness import parameters, relative_difference, train
 from tests.unit.rows import tiny
 
 WORLD = int(os.environ["EXPECTED_WORLD_SIZE"])
-STEPS = 8
+STEPS = 4
 SETTINGS: dict[str, Any] = {
-    "max_steps": STEPS, "gradient_accumulation_steps": 3, "per_device_train_batch_size": 2, "weight_decay": 0.1,
-    "max_grad_norm": 0.5, "learning_rate": 0.05, "optim": "sgd", "optim_args": "momentum=0.9",
+    "max_steps": STEPS, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2, "weight_decay": 0.1,
+    "max_grad_norm": 0.5, "learning_rate": 0.1, "optim": "sgd", "optim_args": "momentum=0.9",
 }  # fmt: skip
 
 
@@ -58,13 +58,13 @@ def compare(
 if __name__ == "__main__":
     PartialState(cpu=True)
     flamingo = tiny.audioflamingo3()
-    dataset, _ = profile_dataset(hearing.rows(61, longest_s=4), flamingo, verify=0)
+    dataset, _ = profile_dataset(hearing.rows(29, longest_s=4), flamingo, verify=0)
     assert len(set(dataset["dflop_audio_frames"][:])) > 3
     compare("flamingo", flamingo, hearing.audioflamingo3, dataset, torch.float32, strict=True)
     compare("flamingo", flamingo, hearing.audioflamingo3, dataset, torch.float64)
 
     qwen = tiny.qwen2_audio(2)
-    dataset, _ = profile_dataset(hearing.rows(61, longest_s=2), qwen, verify=0)
+    dataset, _ = profile_dataset(hearing.rows(29, longest_s=2), qwen, verify=0)
     compare(
         "qwen2_audio", qwen, lambda p: hearing.qwen2_audio(p, 2), dataset, torch.float32,
         compute_loss_func=token_mean,
@@ -78,6 +78,6 @@ if __name__ == "__main__":
 
     omni = tiny.qwen2_5_omni()
     model = hearing.qwen2_5_omni(omni)
-    dataset, _ = profile_dataset(hearing.rows(61, longest_s=2, images=True), omni, config=model.config, verify=0)
+    dataset, _ = profile_dataset(hearing.rows(29, longest_s=2, images=True), omni, config=model.config, verify=0)
     compare("omni", omni, hearing.qwen2_5_omni, dataset, torch.float32)
     PartialState().destroy_process_group()

@@ -61,9 +61,7 @@ def test_plans_and_pipelines(annotated: Any) -> None:
     with pytest.raises(ModelError, match="has no get_image_features"):
         read_structure(model)
     with pytest.raises(TrainerError, match="4 samples have sounds, and a pipeline runs images and videos alone"):
-        make_slots(
-            SimpleNamespace(dataset=annotated), SimpleNamespace(plan=PLAN), None, None, slots=1, training=True
-        )  # type: ignore[arg-type]
+        make_slots(SimpleNamespace(dataset=annotated), SimpleNamespace(plan=PLAN), None, None, slots=1, training=True)  # type: ignore[arg-type]
     with pytest.raises(ModelError, match=r"a microbatch holds sounds \(input_features\)"):
         refuse_sounds([None, {"pixel_values": torch.ones(1)}, {"input_features": torch.ones(1)}], "Model")
     refuse_sounds([{"input_features": None, "input_ids": torch.ones(1)}], "Model")
@@ -91,7 +89,9 @@ def test_a_microbatch_needs_what_any_encoder_of_the_dataset_needs() -> None:
     some = counts([0] * 4, [1, 1, 1, 0])
     assert check_images_and_collectives(sharded, some, samples_per_step=8, **given)
     assert not check_images_and_collectives(sharded, counts([0] * 4, [1] * 4), samples_per_step=4, **given)
-    with pytest.raises(TrainerError, match=r"1 of 4 samples have not a sound.*3\.0 samples with a sound.*Use train on"):
+    with pytest.raises(
+        TrainerError, match=r"1 of 4 samples have not a sound.*3\.0 samples with a sound.*Remedy: train on"
+    ):
         check_images_and_collectives(sharded, some, samples_per_step=4, **given)
     with pytest.raises(TrainerError, match="2 of 4 samples have not an image and a sound"):
         check_images_and_collectives(sharded, counts([1, 0, 1, 1], [1, 1, 1, 0]), samples_per_step=4, **given)

@@ -279,9 +279,7 @@ def audioflamingo3() -> Any:
     from transformers import AudioFlamingo3Processor
 
     template = AUDIO_CHATML.replace("SOUND", "<|AUDIO|>").replace("IMAGE", "")
-    return AudioFlamingo3Processor(
-        whisper_features(1), tokenizer(), audio_token="<|AUDIO|>", chat_template=template
-    )
+    return AudioFlamingo3Processor(whisper_features(1), tokenizer(), audio_token="<|AUDIO|>", chat_template=template)
 
 
 def qwen2_audio(chunk_length: int = 30) -> Any:
