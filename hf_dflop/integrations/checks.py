@@ -297,8 +297,9 @@ def _compare(batch: Any, shapes: Shapes, index: int, image_token_id: int | None)
     if length != expected:
         raise ShapeMismatchError(
             f"sample {index} has {length} LLM tokens when collated, but its columns dflop_image_tokens + "
-            f"dflop_audio_tokens + dflop_text_tokens say {expected}. The dataset was annotated with another processor, "
-            "chat template or max_length, or is in another order: annotate it again with the processor that the collator uses."
+            f"dflop_audio_tokens + dflop_text_tokens say {expected}. The dataset was annotated with another "
+            "processor, chat template or max_length, or is in another order: annotate it again with the processor "
+            "that the collator uses."
         )
     if image_token_id is not None:
         images, expected = int((ids == image_token_id).sum()), int(shapes.image_tokens[index])

@@ -83,8 +83,8 @@ def refuse_sounds(given: Iterable[Mapping[str, Any] | None], name: str) -> None:
         for key, value in (inputs or {}).items():
             if _is(value) and (key.startswith("input_features") or "audio" in key):
                 raise ModelError(
-                    f"a microbatch holds sounds ({key}), and a pipeline runs images and videos alone: drop the sounds, "
-                    f"or train {name} with Trainer and DflopCallback."
+                    f"a microbatch holds sounds ({key}), and a pipeline runs images and videos alone: drop the "
+                    f"sounds, or train {name} with Trainer and DflopCallback."
                 )
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_dflop import Cluster, PackedCollator, VisionLanguageCollator, make_plan, profile_dataset, simulate
+from hf_dflop import Cluster, VisionLanguageCollator, make_plan, profile_dataset, simulate
 from hf_dflop.cost import CostModel, ModelSpec
 from hf_dflop.data.step_plan import stock_caps
 from hf_dflop.errors import DatasetError, ModelError, PlanError, ProcessorError, TrainerError

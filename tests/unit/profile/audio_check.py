@@ -33,16 +33,17 @@ also as members of tar archives (WebDataset: `a.wav` beside `a.txt`; beside `a.j
 
 Models of sounds and text, or of images, sounds and text, train under `DflopCallback` with the steps of the stock run.
 The audio encoder is balanced as the vision encoder is, with frames where that has patches. Its cost is known where it
-is of Whisper's structure (Qwen2-Audio, Qwen2.5-Omni, Audio Flamingo 3, Voxtral, GLM-ASR; FLOPs within 1 % of torch's
-counter). For another one, give `cost_model=CostModel.analytic(spec)` with a `ModelSpec` of the nearest dimensions: what
-is trained does not depend on it. `PackedCollator` joins rows with sounds where positions count tokens. Refused are:
+is of Whisper's structure (Qwen2-Audio, Qwen2.5-Omni, Audio Flamingo 3, Voxtral, GLM-ASR): FLOPs are within 1 % of
+torch's counter. For another one, give `cost_model=CostModel.analytic(spec)` with a `ModelSpec` of the nearest
+dimensions: what is trained does not depend on it. `PackedCollator` joins rows with sounds where positions count
+tokens. Refused are:
 
-| what | why |
-|---|---|
-| a model whose loss is the mean of a microbatch, whatever Trainer tells it (Qwen2-Audio) | its gradient depends on the grouping: pass `compute_loss_func`, which divides by `num_items_in_batch` |
-| packed rows with sounds of a model whose positions have several dimensions (Qwen2.5-Omni) | those of sounds are not computed here |
-| `dummy_image=True` with sounds | no dummy sound is made: where ranks wait for each other in the encoder, every step needs as many sounds as microbatches, or DDP `ddp_find_unused_parameters=True` |
-| `hf-dflop plan`, `simulate`, `measure`, and pipelines | they place and run images and videos alone |
+- a model whose loss is the mean of a microbatch, whatever Trainer tells it (Qwen2-Audio): its gradient depends on the
+  grouping. Give the Trainer a `compute_loss_func` that divides by `num_items_in_batch`.
+- packed rows with sounds where positions have several dimensions (Qwen2.5-Omni): those of sounds are not known here.
+- `dummy_image=True` with sounds, since no dummy sound is made. Where ranks wait for each other in the encoder, every
+  step needs as many samples with sounds as microbatches, or DDP `ddp_find_unused_parameters=True`.
+- `hf-dflop plan`, `simulate`, `measure`, and pipelines: they place and run images and videos alone.
 
 | model type | processor | sounds |
 |---|---|---|
