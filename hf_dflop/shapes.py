@@ -91,6 +91,23 @@ class Shapes:
         """LLM sequence length of each sample, `(num_samples,)`."""
         return self.image_tokens + self.audio_tokens + self.text_tokens
 
+    @property
+    def encoder_inputs(self) -> npt.NDArray[np.int64]:
+        """Patches, and frames of sounds, that encoders compute for each sample, `(num_samples,)`."""
+        return self.image_patches + self.audio_frames
+
+    @property
+    def feeds_encoders(self) -> npt.NDArray[np.bool_]:
+        """Whether a sample has something for every encoder that any of them uses, `(num_samples,)`."""
+        used = [number > 0 for number in (self.num_images, self.num_audios) if number.any()]
+        return np.logical_and.reduce(used) if used else np.zeros(len(self), dtype=np.bool_)
+
+    @property
+    def needed_media(self) -> str:
+        """What such a sample has, for messages."""
+        sound, image = bool(self.num_audios.any()), bool(self.num_images.any())
+        return "an image and a sound" if sound and image else "a sound" if sound else "an image"
+
     def fingerprint(self) -> str:
         """Hash of all counts, in order: equal for the same samples in the same order."""
         digest = hashlib.sha256()

@@ -215,8 +215,8 @@ def _print(part: "DatasetProfile", split: str) -> None:
     table = Table(title=title, title_justify="left", title_style="bold")
     for heading in ("per sample", "total", "median", "95 %", "largest"):
         table.add_column(heading, justify="left" if heading == "per sample" else "right")
-    for name, values in part.quantiles.items():
-        if name != "image_patches_sq":
+    for name, values in part.shown.items():
+        if not name.endswith("_sq"):
             cells = (f"{part.totals[name]:,}", *(f"{values[q]:,.0f}" for q in ("0.5", "0.95", "1.0")))
             table.add_row(name.replace("num_", "").replace("_", " "), *cells)
     console.print(table)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from hf_dflop.cost.audio import AUDIO_TERMS, audio_terms
+from hf_dflop.cost.audio import AUDIO_TERMS, audio_factors, audio_terms
 from hf_dflop.cost.spec import ModelSpec, TransformerSpec
 from hf_dflop.errors import ModelError
 from hf_dflop.shapes import Shapes
@@ -149,12 +149,17 @@ def vision_terms(spec: ModelSpec, shapes: Shapes) -> dict[str, FloatArray]:
     """Forward FLOPs of encoders and connector by term, each float64 `(num_samples,)`; of sounds with a spec of them.
 
     Raises:
-        ModelError: there are sounds, and the spec has no audio encoder.
+        ModelError: there are sounds, and the spec has no audio encoder; or images, and it has none of those.
     """
+    if not spec.takes_images and shapes.num_images.any():
+        raise ModelError(
+            f"{int((shapes.num_images > 0).sum())} samples have images, and the model takes sounds alone: drop them."
+        )
     if spec.audio is None and shapes.num_audios.any():
         raise ModelError(
             f"{int((shapes.num_audios > 0).sum())} samples have sounds, and the spec has no audio encoder: the model "
-            "has none, or one that is not covered. Set ModelSpec.audio to the nearest AudioSpec, or drop the samples."
+            "has none, or one that is not covered. Set ModelSpec.audio to the nearest AudioSpec and pass "
+            "CostModel.analytic(spec) as cost_model, or drop the samples."
         )
     vision = spec.vision
     patches = shapes.image_patches.astype(np.float64)
@@ -237,13 +242,17 @@ def train_factors(
     input_gradient = through_vision or spec.connector.input_norm or not train.connector
     vision_again = recompute * _recomputed_share(spec.vision)
     llm_again = recompute * _recomputed_share(spec.llm) * through_llm
-    sounds = {
-        "audio_first": 2.0 if train.vision else 1.0,
-        "audio_linear": 1.0 + (weights(train.vision, True) + recompute) * through_vision,
-        "audio_attention": 1.0 + (2.0 + recompute) * through_vision,
-    }
+    sounds: dict[str, float] = {}
+    if spec.audio is not None:
+        sounds = audio_factors(
+            spec.audio,
+            encoder=train.vision,
+            connector=train.connector,
+            passed=through_vision,
+            recompute=checkpointing,
+        )
     return {
-        **(sounds if spec.audio is not None else {}),
+        **sounds,
         "patch_embed": 2.0 if train.vision else 1.0,
         "vision_linear": 1.0 + (weights(train.vision, True) + vision_again) * read * through_vision,
         "vision_attention": 1.0 + (2.0 + recompute) * read * through_vision,

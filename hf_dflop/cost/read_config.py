@@ -15,7 +15,7 @@ from typing import Any
 from hf_dflop.cost.audio import read_audio
 from hf_dflop.cost.config_fields import get, is_merger_gated, size, square
 from hf_dflop.cost.read_connector import read_connector
-from hf_dflop.cost.spec import ModelSpec, TransformerSpec
+from hf_dflop.cost.spec import ConnectorSpec, ModelSpec, TransformerSpec
 from hf_dflop.errors import ModelError
 
 __all__ = ["read_config"]
@@ -57,16 +57,18 @@ def _refuse(config: Any, table: Mapping[str, str]) -> None:
 def read_config(config: Any) -> ModelSpec:
     """See [`ModelSpec.from_config`]."""
     vision_config = get(config, *_VISION_KEYS)
-    if vision_config is None:
+    if vision_config is None and get(config, "audio_config") is None:
         kind = get(config, "model_type", default=type(config).__name__)
         raise ModelError(
-            f"the config of {kind!r} has no vision_config: costs need a model with a vision encoder. "
-            "Pass the config of a vision-language model."
+            f"the config of {kind!r} has no vision_config: costs need a model with an encoder of images, or of sounds "
+            "(audio_config). Pass the config of a vision-language model, or of one that takes sounds."
         )
     text_config = get(config, *_TEXT_KEYS, default=config)
     _refuse(text_config, _REFUSED_TEXT)
     _refuse(vision_config, _REFUSED_VISION)
     try:
+        if vision_config is None:
+            return _read_hearing(config, text_config)
         return _read(config, vision_config, text_config)
     except (TypeError, ValueError, IndexError) as error:
         if isinstance(error, ModelError):
@@ -75,6 +77,37 @@ def read_config(config: Any) -> ModelSpec:
             f"the config has a field of an unexpected kind ({error}): its structure is not understood. "
             "Build the spec by hand: ModelSpec(vision=TransformerSpec(...), ...)."
         ) from error
+
+
+def _read_hearing(config: Any, text_config: Any) -> ModelSpec:
+    """A model of sounds and text: its audio encoder takes the place of the vision encoder."""
+    assumptions: list[str] = []
+    llm = _read_llm(text_config, config)
+    audio = read_audio(config, llm.hidden, assumptions)
+    if audio is None:
+        kind = get(config, "model_type", default=type(config).__name__)
+        raise ModelError(
+            f"the audio encoder of {kind!r} is not of Whisper's structure, and no other is covered by the FLOP "
+            "formulas. Build a ModelSpec by hand (patch_size=0, audio=AudioSpec(...) with the nearest dimensions), "
+            "and pass CostModel.analytic(spec) as cost_model."
+        )
+    layers = TransformerSpec(
+        hidden=audio.hidden,
+        num_layers=audio.num_layers,
+        heads=audio.heads,
+        kv_heads=audio.heads,
+        head_dim=audio.hidden // audio.heads,
+        intermediate=audio.intermediate,
+        gated_mlp=False,
+    )
+    return ModelSpec(
+        vision=layers,
+        connector=ConnectorSpec(merge=audio.positions_per_token, linears=audio.linears),
+        llm=llm,
+        patch_size=0,
+        audio=audio,
+        assumptions=tuple(assumptions),
+    )
 
 
 def _read(config: Any, vision_config: Any, text_config: Any) -> ModelSpec:
@@ -95,7 +128,7 @@ def _read(config: Any, vision_config: Any, text_config: Any) -> ModelSpec:
         pooling_head=bool(get(vision_config, "vision_use_head", default=False)),
         unread_vision_layers=_unread_layers(get(config, "vision_feature_layer", default=-1), vision.num_layers),
         image_token_id=get(config, "image_token_id", "image_token_index", "img_context_token_id"),
-        audio=read_audio(config, llm.hidden),
+        audio=read_audio(config, llm.hidden, assumptions),
         assumptions=tuple(assumptions),
     )
 

@@ -1,4 +1,4 @@
-"""The structure of a vision-language model that costs are computed from: dimensions and counts, no weights.
+"""The structure of a model of images or sounds that costs are computed from: dimensions and counts, no weights.
 
 `ModelSpec.from_config(config)` reads it from a Hugging Face config object (or its `to_dict()`), by the names
 of the fields that are there, never by the name of the model. A spec can also be written by hand, changed with
@@ -118,7 +118,7 @@ class ConnectorSpec:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelSpec:
-    """What costs need to know of a vision-language model.
+    """What costs need to know of a vision-language model, or of one that takes sounds.
 
     Example:
         >>> sub = dict(hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16)
@@ -136,7 +136,8 @@ class ModelSpec:
     connector: ConnectorSpec
     llm: TransformerSpec
     patch_size: int
-    """Side of a square patch, in pixels."""
+    """Side of a square patch, in pixels. 0: the model takes sounds and no images; `vision` and `connector` then tell
+    the layers and the projection of `audio`."""
     channels: int = 3
     temporal_patch_size: int = 1
     """Frames that one patch spans."""
@@ -156,7 +157,9 @@ class ModelSpec:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "assumptions", tuple(self.assumptions))
-        _require_positive(self, "patch_size", "channels", "temporal_patch_size")
+        if self.patch_size or self.audio is None:
+            _require_positive(self, "patch_size")
+        _require_positive(self, "channels", "temporal_patch_size")
         if not 0 <= self.unread_vision_layers < self.vision.num_layers:
             raise ModelError(
                 f"unread_vision_layers is {self.unread_vision_layers} of {self.vision.num_layers} layers; "
@@ -165,20 +168,26 @@ class ModelSpec:
         if self.llm.vocab < 1:
             raise ModelError(f"the LLM's vocab is {self.llm.vocab}; it must be >= 1 to price the LM head.")
 
+    @property
+    def takes_images(self) -> bool:
+        """Whether there is a vision encoder."""
+        return self.patch_size > 0
+
     @classmethod
     def from_config(cls, config: Any) -> "ModelSpec":
         """Read the structure of a model from its Hugging Face config.
 
         Args:
             config (`PreTrainedConfig` or `dict`):
-                A config with a vision and a text sub-config, or the dict that its `to_dict()` gives.
+                A config with a vision or an audio sub-config and a text sub-config, or the dict that its `to_dict()`
+                gives.
 
         Returns:
             `ModelSpec`: the structure, with what was assumed in `assumptions`. A connector that no rule
             recognises is taken to be a two-layer MLP without merging.
 
         Raises:
-            ModelError: the config has no vision encoder, lacks a size, or describes a block that these
+            ModelError: the config has no encoder, lacks a size, or describes a block that these
                 formulas do not cover (cross-attention LLM, latent KV attention, linear attention,
                 convolutional encoder): a spec written by hand is the way out.
         """

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from hf_dflop.errors import DatasetError, ShapeMismatchError
+from hf_dflop.errors import DatasetError, ProcessorError, ShapeMismatchError
 from hf_dflop.rows import Layout, Renderer, Row, detect_layout, encode, read_row
 from hf_dflop.rows.encode import IGNORE
 from hf_dflop.rows.images import image_size
@@ -67,6 +67,11 @@ class VisionLanguageCollator:
         self.pad_to_multiple_of = pad_to_multiple_of
         self.dummy_image = dummy_image
         self.renderer = Renderer(processor, labels)
+        if dummy_image and self.renderer.token is None:
+            raise ProcessorError(
+                f"dummy_image=True, and {type(processor).__name__} takes no images. Leave it out; under DDP, "
+                "ddp_find_unused_parameters=True lets a microbatch be without a sound."
+            )
         self._detected: tuple[frozenset[str], Layout] | None = None
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ joined into `(1, tokens)`, and what keeps the samples apart: position ids that r
 transformers builds block-diagonal masks (SDPA, eager, flex attention) and cumulative lengths (FlashAttention). Where a
 model has a mask rule of its own (bidirectional images, prefixes), the mask is given ready made.
 
-Images stay as the padding collator gave them: features are put into the row in the order of the images, and joining
+Images and sounds stay as the padding collator gave them: features are put into the row in their order, and joining
 rows keeps that order.
 
 Assumptions: the padded microbatch marks its tokens in a 2-D `attention_mask`; a sample attends to itself alone.
@@ -19,6 +19,7 @@ from hf_dflop.data.collate import VisionLanguageCollator
 from hf_dflop.data.structure import ModelStructure
 from hf_dflop.errors import DatasetError
 from hf_dflop.rows.encode import IGNORE
+from hf_dflop.rows.render import audio_extractor
 
 __all__ = ["PackedCollator"]
 
@@ -51,8 +52,8 @@ class PackedCollator:
     """
 
     def __init__(self, processor_or_collator: Any, model: Any, **settings: Any) -> None:
-        is_processor = hasattr(processor_or_collator, "tokenizer") and hasattr(
-            processor_or_collator, "image_processor"
+        is_processor = hasattr(processor_or_collator, "tokenizer") and (
+            hasattr(processor_or_collator, "image_processor") or audio_extractor(processor_or_collator) is not None
         )
         if settings and not is_processor:
             raise ValueError(f"{sorted(settings)} are for a processor; give them to your own collator instead")
@@ -65,7 +66,8 @@ class PackedCollator:
         """Make a microbatch of one row.
 
         Raises:
-            DatasetError: the padding collator gives no 2-D `attention_mask`, so its padding cannot be told.
+            DatasetError: the padding collator gives no 2-D `attention_mask`, so its padding cannot be told; or there
+                are sounds, and the model's positions have several dimensions.
         """
         return self.pack(self.collator(rows))
 
@@ -80,8 +82,6 @@ class PackedCollator:
             for positions of k dimensions (first the position in the sample); `use_cache`, because a cache turns the
             detection of joined samples off; `attention_mask` only where the model has a mask rule of its own.
         """
-        if "input_features" in padded:
-            raise DatasetError("input_features feed an audio encoder; samples with sounds are not packed: pad them")
         import torch
 
         mask = padded.get("attention_mask")
@@ -91,7 +91,7 @@ class PackedCollator:
                 "from padding; return the tokenizer's attention_mask from it"
             )
         kept = mask.bool()
-        text = {key: value for key, value in padded.items() if _is_text(value, mask) and key != "attention_mask"}
+        text = {key: value for key, value in padded.items() if _is_text(key, value, mask) and key != "attention_mask"}
         starts = kept & (kept.cumsum(dim=1) == 1)
         packed: dict[str, Any] = {key: value for key, value in padded.items() if key not in (*text, "attention_mask")}
         for key, value in text.items():
@@ -111,10 +111,17 @@ class PackedCollator:
         import torch
 
         within = (kept.long().cumsum(dim=1) - 1)[kept][None]
+        if "input_features" in padded and self.structure.has_grid:
+            raise DatasetError(
+                f"{self.structure.model_class.__name__} has positions of several dimensions, and those of sounds are "
+                "not known here: samples with sounds are not packed; use a padding collator"
+            )
         grid = self.structure.grid_positions(padded)
         return within if grid is None else torch.cat([within[None], grid[:, kept][:, None]])
 
 
-def _is_text(value: Any, mask: Any) -> bool:
-    """Whether a value has one number per token."""
+def _is_text(key: str, value: Any, mask: Any) -> bool:
+    """Whether a value has one number per token; a mask of a sound's frames may have the same shape by chance."""
+    if "feature" in key or "audio" in key:
+        return False
     return getattr(value, "shape", None) == mask.shape and not value.is_floating_point()

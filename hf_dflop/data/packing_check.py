@@ -21,7 +21,7 @@ from hf_dflop.data.packed import PackedCollator
 from hf_dflop.errors import ModelError
 from hf_dflop.rows.encode import IGNORE
 
-__all__ = ["PackingCheck", "check_packing"]
+__all__ = ["PackingCheck", "check_packing", "evaluating"]
 
 _TOLERANCE = {"float64": 1e-12, "float32": 1e-5}
 """Largest difference of a logit ÷ largest logit. Rounding, amplified about 80 times by depth and by sums taken in
@@ -72,7 +72,7 @@ def check_packing(model: Any, collator: PackedCollator, rows: Sequence[Mapping[s
     # Of each sample its own row; another, at the end, is a dummy image of the collator.
     lengths = [int(batch["attention_mask"][0].sum()) for batch in alone]
     pieces = [*lengths, packed["input_ids"].shape[1] - sum(lengths)]
-    with _evaluating(model):
+    with evaluating(model):
         try:
             found = _logits(model, packed).split(pieces)[: len(rows)]
         except Exception as error:
@@ -210,7 +210,7 @@ def _difference(found: Any, expected: Any) -> float:
 
 
 @contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
+def evaluating(model: Any) -> Iterator[None]:
     """No gradients, no dropout; every module's mode is put back."""
     import torch
 

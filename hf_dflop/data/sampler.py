@@ -43,8 +43,8 @@ LOOK_AHEAD_STEPS = 4
 
 
 _WOULD_HANG = (
-    "would leave the others waiting for ever. Use VisionLanguageCollator(dummy_image=True), a larger global batch, or "
-    "under DDP ddp_find_unused_parameters=True."
+    "would leave the others waiting for ever. Use a larger global batch, for images "
+    "VisionLanguageCollator(dummy_image=True), or under DDP ddp_find_unused_parameters=True."
 )
 
 
@@ -79,7 +79,7 @@ class BalancedBatchSampler:
         seed (`int`):
             Seeds the search; the same on every rank.
         spread_images (`bool`):
-            Every microbatch gets a sample with an image, where there are enough and the caps allow it.
+            Every microbatch gets a sample with an image (or a sound), where there are enough and the caps allow it.
         fill_images (`bool`):
             Whether the collator adds an image to a microbatch without one. If not, `spread_images` is a must.
         look_ahead_steps (`int`):
@@ -149,8 +149,9 @@ class BalancedBatchSampler:
         }
         self._dummy = dummy
         self._tokens = shapes.llm_tokens
-        self._patches = shapes.image_patches
-        self._has_image = shapes.num_images > 0
+        self._patches = shapes.encoder_inputs
+        self._has_image = shapes.feeds_encoders
+        self._needed = shapes.needed_media
         self._spread_images = spread_images
         self._must_spread = spread_images and not fill_images
         self._plans: OrderedDict[tuple[int, int], StepPlan] = OrderedDict()
@@ -279,7 +280,7 @@ class BalancedBatchSampler:
         return dict(zip(steps, paired, strict=True))
 
     def has_image(self, plan: StepPlan) -> bool:
-        """Whether any sample of the step has an image."""
+        """Whether any sample of the step has an image (or a sound)."""
         return plan.has_image
 
     def warm_up(self) -> None:
@@ -359,7 +360,7 @@ class BalancedBatchSampler:
             num_images = int(self._has_image[list(itertools.chain.from_iterable(groups))].sum())
             if num_images < len(groups):
                 raise BalanceError(
-                    f"epoch {epoch}, step {step} has {num_images} samples with an image for {len(groups)} "
+                    f"epoch {epoch}, step {step} has {num_images} samples with {self._needed} for {len(groups)} "
                     f"microbatches: a rank without one {_WOULD_HANG}"
                 )
 
@@ -367,6 +368,6 @@ class BalancedBatchSampler:
         bare = next((group for slots in stock for group in slots if not self._has_image[list(group)].any()), None)
         if self._must_spread and bare is not None:
             raise BalanceError(
-                f"epoch {epoch}, step {step}: the microbatch of samples {list(bare)[:16]} has no image, and nothing "
-                f"else fits into the caps or the end of the epoch; its rank {_WOULD_HANG}"
+                f"epoch {epoch}, step {step}: no sample of the microbatch {list(bare)[:16]} has {self._needed}, and "
+                f"nothing else fits into the caps or the end of the epoch; its rank {_WOULD_HANG}"
             )

@@ -26,7 +26,7 @@ class Caps:
     max_tokens: int | None = None
     """LLM positions that are computed (padded: rows × longest)."""
     max_patches: int | None = None
-    """Encoder patches."""
+    """Encoder patches, and frames of sounds."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,7 +50,7 @@ class StepPlan:
     cost_version: CostVersion | None = None
     """What the costs come from; None where they never change."""
     has_image: bool = True
-    """Whether any sample of the step has an image."""
+    """Whether any sample of the step has an image (or a sound)."""
 
     def microbatches(self, rank: int) -> list[list[int]]:
         """The dataset indices that `rank` loads, one list per slot."""
@@ -66,5 +66,5 @@ def stock_caps(shapes: Shapes, batch_size: int) -> Caps:
     """
     return Caps(
         max_tokens=batch_size * int(shapes.llm_tokens.max()),
-        max_patches=max(batch_size * int(shapes.image_patches.max()), 1),
+        max_patches=max(batch_size * int(shapes.encoder_inputs.max()), 1),
     )

@@ -177,7 +177,7 @@ class BalancedStream(IterableDataset):
         return float("nan")
 
     def has_image(self, plan: StepPlan) -> bool:
-        """Whether any sample of the step has an image."""
+        """Whether any sample of the step has an image (or a sound)."""
         return plan.has_image
 
     def warm_up(self) -> None:
@@ -262,7 +262,7 @@ class BalancedStream(IterableDataset):
         own = shapes.select(indices - window * self.samples_per_step)
         counter = itertools.count()
         baseline = [[[next(counter) for _ in group] for group in slots] for slots in stock]
-        has_image = own.num_images > 0
+        has_image = own.feeds_encoders
         caps = self._caps
         try:
             assignment = assign(
@@ -275,8 +275,8 @@ class BalancedStream(IterableDataset):
                 baseline=baseline,
                 tokens=own.llm_tokens,
                 max_tokens=caps.max_tokens or self._batch_size * int(own.llm_tokens.max()),
-                patches=own.image_patches,
-                max_patches=caps.max_patches or max(self._batch_size * int(own.image_patches.max()), 1),
+                patches=own.encoder_inputs,
+                max_patches=caps.max_patches or max(self._batch_size * int(own.encoder_inputs.max()), 1),
                 spread=has_image if self._spread_images else None,
                 oversize=self._oversize,
                 seed=(self._seed * 1_000_003 + epoch * 8_191 + step) % 2**31,
@@ -285,10 +285,10 @@ class BalancedStream(IterableDataset):
             raise BalanceError(f"epoch {epoch}, step {step}, rows {indices.tolist()[:16]}...: {error}") from error
         if self._must_spread and not assignment.is_spread:
             raise BalanceError(
-                f"epoch {epoch}, step {step} has {int(has_image.sum())} samples with an image for "
+                f"epoch {epoch}, step {step} has {int(has_image.sum())} samples with {own.needed_media} for "
                 f"{self._num_ranks * self._num_slots} microbatches: a rank without one would leave the others waiting "
-                "for ever. Use VisionLanguageCollator(dummy_image=True), a larger global batch, or under DDP "
-                "ddp_find_unused_parameters=True."
+                "for ever. Use a larger global batch, for images VisionLanguageCollator(dummy_image=True), or under "
+                "DDP ddp_find_unused_parameters=True."
             )
         plan = StepPlan(
             epoch=epoch,

@@ -68,6 +68,11 @@ class ModelStructure:
         reserved = {name: value for name, value in vars(self.config).items() if name.endswith(_RESERVED)}
         return sorted({value for value in reserved.values() if isinstance(value, int)})
 
+    @property
+    def has_grid(self) -> bool:
+        """Whether positions have several dimensions."""
+        return self._owner_of("get_rope_index") is not None
+
     def grid_positions(self, padded: Mapping[str, Any]) -> Any | None:
         """Positions `(k, rows, length)` by the model's own rule; `None` where positions just count tokens."""
         import torch

@@ -28,6 +28,7 @@ from hf_dflop.integrations.describe import (
     image_parameters,
 )
 from hf_dflop.integrations.installing import install_sampler
+from hf_dflop.integrations.loss_check import check_loss_divisor
 from hf_dflop.integrations.measured import MeasuredStep, gather_steps
 from hf_dflop.integrations.resume import (
     SampleOrder,
@@ -103,7 +104,7 @@ class DflopCallback(TrainerCallback):
             LLM positions that one microbatch may hold, padding included. Defaults to the per-device batch size ×
             the longest sample, so that no microbatch needs more memory than an unlucky stock one.
         max_patches (`int`, *optional*):
-            Encoder patches that one microbatch may hold; the default is chosen alike.
+            Encoder patches, and frames of sounds, that one microbatch may hold; the default is chosen alike.
         correct (`bool`, *optional*, defaults to `"auto"`):
             Whether measured microbatches correct the costs while training goes on. `"auto"`: where ranks meet once
             per step, so that a microbatch's own time can be measured (DDP), there are several of them, and
@@ -214,6 +215,8 @@ class DflopCallback(TrainerCallback):
         check_gradients_are_shared(trainer)
         if self._balance:
             check_exactness(trainer, dataloader, trainer.accelerator.num_processes)
+            if trainer.accelerator.num_processes * args.gradient_accumulation_steps > 1:
+                check_loss_divisor(trainer)
         self._trainer = trainer
         self._num_slots = args.gradient_accumulation_steps
         # Without a length (streaming, measured only) every step has all its slots.

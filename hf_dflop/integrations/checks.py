@@ -116,6 +116,8 @@ def check_images_and_collectives(
 ) -> bool:
     """Raise where a microbatch without images would leave the other ranks waiting for ever, and nothing prevents it.
 
+    With sounds likewise; of images and sounds together, a sample that has both is what a microbatch needs.
+
     Args:
         trainer (`Trainer`): its model is wrapped already.
         shapes ([`Shapes`]): of the whole dataset.
@@ -130,32 +132,36 @@ def check_images_and_collectives(
         TrainerError: the dataset mixes samples with and without images, the wrapped model does not tolerate a rank
             that skips the vision encoder, the collator adds no image, and there are too few to spread.
     """
-    without = int((shapes.num_images == 0).sum())
+    without, needed = int((~shapes.feeds_encoders).sum()), shapes.needed_media
     wrapped = trainer.model_wrapped
     if without in (0, len(shapes)) or not needs_image_everywhere(trainer):
         return False
     if isinstance(wrapped, torch.nn.parallel.DistributedDataParallel):
-        what = "never uses the vision encoder, and DDP with find_unused_parameters=False then waits for ever"
+        what = "never uses the encoder, and DDP with find_unused_parameters=False then waits for ever"
         remedy = (
-            " or set ddp_find_unused_parameters=True (with gradient_checkpointing_kwargs={'use_reentrant': False} if "
+            "set ddp_find_unused_parameters=True (with gradient_checkpointing_kwargs={'use_reentrant': False} if "
             "you use gradient checkpointing)"
         )
     else:
-        what = "skips the collectives of the vision encoder that the others run, and all wait for ever"
-        remedy = " train on the samples with images, or use DDP"
+        what = "skips the collectives of the encoder that the others run, and all wait for ever"
+        remedy = f"train on the samples with {needed}, or use DDP"
     per_step = samples_per_step * (1 - without / len(shapes))
     if fills or (spreads and per_step >= groups_per_step):
         return True  # the sampler looks at every step
     raise TrainerError(
-        f"{without} of {len(shapes)} samples have no image: a rank whose microbatch has none {what} (with or without "
-        f"balancing). A step has {per_step:.1f} samples with an image on average for {groups_per_step} microbatches"
-        f"{'' if spreads else ', and balance=False does not spread them'}. Use "
-        f"VisionLanguageCollator(dummy_image=True),{remedy}."
+        f"{without} of {len(shapes)} samples have not {needed}: a rank whose microbatch has none {what} (with or "
+        f"without balancing). A step has {per_step:.1f} samples with {needed} on average for {groups_per_step} "
+        f"microbatches{'' if spreads else ', and balance=False does not spread them'}. Remedy: "
+        f"{'' if shapes.num_audios.any() else 'use VisionLanguageCollator(dummy_image=True), or '}{remedy}."
     )
 
 
 def adds_dummy_images(dataloader: Any, shapes: Shapes, image_token_id: int | None) -> int:
-    """Tokens of the row, with an image and no label, that the collator adds to a microbatch without images, or 0."""
+    """Tokens of the row, with an image and no label, that the collator adds to a microbatch without images, or 0.
+
+    Raises:
+        TrainerError: it adds one, and there are sounds, too: their encoder may be idle where such an image is.
+    """
     bare = np.flatnonzero(shapes.num_images == 0)
     if not bare.size or image_token_id is None or len(dataloader.dataset) != len(shapes):
         return 0
@@ -164,6 +170,11 @@ def adds_dummy_images(dataloader: Any, shapes: Shapes, image_token_id: int | Non
     own = _without_dummy(batch, 1, image_token_id)["input_ids"]
     if own.numel() == batch["input_ids"].numel():
         return 0
+    if shapes.num_audios.any():
+        raise TrainerError(
+            "the collator adds dummy images, and samples have sounds: a dummy would not be told from a step without "
+            "images. Use VisionLanguageCollator(dummy_image=False), under DDP with ddp_find_unused_parameters=True."
+        )
     if own.shape[0] == 1 and len(batch["input_ids"]) == 1:  # joined
         return int(batch["input_ids"].shape[1] - own.shape[1])
     return int(batch["attention_mask"][-1].sum()) if "attention_mask" in batch else int(own.shape[1])
@@ -198,7 +209,7 @@ def check_processor(trainer: Any, dataset: Any) -> None:
 
     annotation = annotation_of(dataset)
     processor = trainer.processing_class
-    if annotation is None or processor is None or not hasattr(processor, "image_processor"):
+    if annotation is None or processor is None or not hasattr(processor, "tokenizer"):
         return  # no record, or a bare tokenizer: check_samples decides
     found = processor_fingerprint(processor, labels=annotation["labels"], max_length=annotation["max_length"])
     if found != annotation["processor"]:
@@ -260,7 +271,7 @@ def check_packed_samples(trainer: Any, dataset: Any, collate: Any, shapes: Shape
     if len(shapes) < 2:
         return
     order = np.argsort(shapes.llm_tokens, kind="stable")
-    has_image = shapes.num_images[order] > 0
+    has_image = shapes.feeds_encoders[order]
     picked = [*order[has_image][:2], *order[~has_image][:1]]
     if len(picked) < 2:
         picked = list(order[:2])
@@ -286,8 +297,9 @@ def _compare(batch: Any, shapes: Shapes, index: int, image_token_id: int | None)
     if length != expected:
         raise ShapeMismatchError(
             f"sample {index} has {length} LLM tokens when collated, but its columns dflop_image_tokens + "
-            f"dflop_text_tokens say {expected}. The dataset was annotated with another processor, chat template or "
-            "max_length, or is in another order: annotate it again with the processor that the collator uses."
+            f"dflop_audio_tokens + dflop_text_tokens say {expected}. The dataset was annotated with another "
+            "processor, chat template or max_length, or is in another order: annotate it again with the processor "
+            "that the collator uses."
         )
     if image_token_id is not None:
         images, expected = int((ids == image_token_id).sum()), int(shapes.image_tokens[index])

@@ -6,9 +6,10 @@ import numpy as np
 import torch
 from torch.distributed.fsdp import FSDPModule
 
-from hf_dflop.cost import CostModel, Trainable
+from hf_dflop.cost import CostModel, ModelSpec, Trainable
 from hf_dflop.data.dummies import Dummy
 from hf_dflop.data.structure import DENSE, ModelStructure
+from hf_dflop.errors import ModelError
 from hf_dflop.shapes import Shapes
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "image_parameters",
     "is_image_parameter_trained",
     "is_sharded",
+    "spec_of",
 ]
 
 
@@ -55,6 +57,8 @@ def describe_training(trainer: Any) -> dict[str, Any]:
     trained = sum(parameter.numel() for parameter in llm.values() if parameter.requires_grad)
     encoder = _encoder(model)
     in_encoder = {id(parameter) for parameter in encoder.parameters()} if encoder is not None else set()
+    hearing = _named_encoder(model, "audio")
+    in_encoder |= {id(parameter) for parameter in hearing.parameters()} if hearing is not None else set()
     outside = [p for p in model.parameters() if p.requires_grad and id(p) not in llm]
     return {
         "trainable": Trainable(
@@ -68,6 +72,20 @@ def describe_training(trainer: Any) -> dict[str, Any]:
         # A padded or joined microbatch has a mask, under which dense attention computes the upper half, too.
         "causal_factor": 1.0 if computes_all_pairs(trainer) else 0.5,
     }
+
+
+def spec_of(trainer: Any, cost_model: CostModel | None) -> ModelSpec:
+    """The structure of the model; of one whose config is not covered, what the given cost model was built for.
+
+    Raises:
+        ModelError: it is not covered, and there is no cost model.
+    """
+    try:
+        return ModelSpec.from_config(trainer.accelerator.unwrap_model(trainer.model).config)
+    except ModelError:
+        if cost_model is None:
+            raise
+        return cost_model.spec
 
 
 def computes_all_pairs(trainer: Any) -> bool:
@@ -120,15 +138,21 @@ def _llm_parameters(model: Any) -> dict[int, torch.nn.Parameter]:
     return {id(p): p for module in modules if module is not None for p in module.parameters()}
 
 
+def _named_encoder(model: Any, modality: str) -> Any | None:
+    """What transformers names the encoder of images or of sounds; `None` where it names none."""
+    if not hasattr(model, "get_encoder"):
+        return None
+    try:
+        encoder = model.get_encoder(modality=modality)
+    except (TypeError, AttributeError, ValueError):
+        return None
+    return None if encoder is model or encoder is getattr(model, "model", None) else encoder
+
+
 def _encoder(model: Any) -> Any | None:
-    """The vision encoder: what transformers names it, else the child that holds most of what is not the LLM."""
-    if hasattr(model, "get_encoder"):
-        try:
-            encoder = model.get_encoder(modality="image")
-        except (TypeError, AttributeError, ValueError):
-            encoder = None
-        if encoder is not None and encoder is not model and encoder is not getattr(model, "model", None):
-            return encoder
+    """The encoder: what transformers names it, else the child that holds most of what is not the LLM."""
+    if (encoder := _named_encoder(model, "image")) is not None:
+        return encoder
     llm = _llm_parameters(model)
     base = getattr(model, "model", model)
     sizes = {

@@ -11,7 +11,7 @@ import logging
 from typing import Any
 
 from hf_dflop._compat import replace_batch_sampler
-from hf_dflop.cost import CostModel, ModelSpec
+from hf_dflop.cost import CostModel
 from hf_dflop.data.sampler import BalancedBatchSampler
 from hf_dflop.data.step_plan import Caps, stock_caps
 from hf_dflop.errors import DatasetError
@@ -21,7 +21,13 @@ from hf_dflop.integrations.checks import (
     check_packed_samples,
     check_samples,
 )
-from hf_dflop.integrations.describe import choose_objective, computes_all_pairs, describe_training, dummy_of
+from hf_dflop.integrations.describe import (
+    choose_objective,
+    computes_all_pairs,
+    describe_training,
+    dummy_of,
+    spec_of,
+)
 from hf_dflop.integrations.resume import SampleOrder
 from hf_dflop.integrations.stock import StockSharding
 from hf_dflop.shapes import Shapes
@@ -65,7 +71,7 @@ def install_sampler(
             f"({sharding.num_ranks} ranks × {num_slots} microbatches × {sharding.microbatch_size} samples). "
             "Use more data, a smaller per_device_train_batch_size, or fewer gradient_accumulation_steps."
         )
-    spec = ModelSpec.from_config(trainer.accelerator.unwrap_model(trainer.model).config)
+    spec = spec_of(trainer, cost_model)
     padded = check_samples(dataloader, shapes, spec.image_token_id, verify, settings["seed"])
     check_packed_samples(trainer, dataloader.dataset, dataloader.collate_fn, shapes)
     dummy_tokens = adds_dummy_images(dataloader, shapes, spec.image_token_id)

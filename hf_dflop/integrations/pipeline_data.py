@@ -152,9 +152,14 @@ def make_slots(
         training (`bool`): regroup the samples of a step by cost, if the plan says so.
 
     Raises:
-        TrainerError: too few samples for one microbatch of each replica.
+        TrainerError: too few samples for one microbatch of each replica, or samples with sounds.
     """
     plan, shapes = pipe.plan, Shapes.of_dataset(stock.dataset)
+    if num_sounds := int((shapes.num_audios > 0).sum()):
+        raise TrainerError(
+            f"{num_sounds} samples have sounds, and a pipeline runs images and videos alone: drop them, or use "
+            "Trainer with DflopCallback."
+        )
     sharding = stock_sharding(stock, plan.llm.dp, accelerator, even=training, data_seed=data_seed)
     if not sharding.length:
         raise TrainerError(

@@ -17,7 +17,7 @@ from accelerate.data_loader import IterableDatasetShard
 from torch.utils.data import IterableDataset
 
 from hf_dflop._compat import replace_stream
-from hf_dflop.cost import CostModel, ModelSpec
+from hf_dflop.cost import CostModel
 from hf_dflop.data.rows_of_stream import RowReader
 from hf_dflop.data.step_plan import Caps
 from hf_dflop.data.stream import BalancedStream
@@ -28,7 +28,7 @@ from hf_dflop.integrations.checks import (
     check_samples,
     needs_image_everywhere,
 )
-from hf_dflop.integrations.describe import choose_objective, describe_training
+from hf_dflop.integrations.describe import choose_objective, describe_training, spec_of
 from hf_dflop.integrations.resume import SampleOrder
 from hf_dflop.shapes import NEEDED_COLUMNS, SHAPE_COLUMNS, Shapes
 
@@ -78,7 +78,7 @@ def install_stream(
     rows = _first_rows(source)
     shapes = Shapes.from_columns({name: [row.get(name, 0) for row in rows] for name in SHAPE_COLUMNS})
     tried = SimpleNamespace(dataset=rows, collate_fn=dataloader.collate_fn)
-    spec = ModelSpec.from_config(trainer.accelerator.unwrap_model(trainer.model).config)
+    spec = spec_of(trainer, cost_model)
     padded = check_samples(tried, shapes, spec.image_token_id, verify, settings["seed"])
     check_packed_samples(trainer, rows, dataloader.collate_fn, shapes)
     fills = adds_dummy_images(tried, shapes, spec.image_token_id) > 0

@@ -25,7 +25,15 @@ from hf_dflop.pipeline.board import Board
 from hf_dflop.pipeline.bridge import Route
 from hf_dflop.pipeline.encoder import VisionPart
 from hf_dflop.pipeline.features import FeatureFormat, flatten, read_format
-from hf_dflop.pipeline.kinds import KINDS, has_videos, kinds_of, placeholder_kinds, sent_width, takes_videos
+from hf_dflop.pipeline.kinds import (
+    KINDS,
+    has_videos,
+    kinds_of,
+    placeholder_kinds,
+    refuse_sounds,
+    sent_width,
+    takes_videos,
+)
 from hf_dflop.pipeline.split import LlmPart
 from hf_dflop.pipeline.topology import Place, Topology
 from hf_dflop.pipeline.wire import Wire
@@ -88,14 +96,13 @@ class Handshake:
         has_features = any(any(route.encoder_rows) for route in routes)
         first = has_features and not self.forms
         if first:
-            if not self._takes_videos:
-                all_try(partial(self._refuse_videos, batch))
+            all_try(partial(self._refuse, batch))
             self._board = self._board or Board()
             self._meet_together(batch, routes)
-        elif not self._takes_videos:
-            self._refuse_videos(batch)
-        elif self.forms and len(self._met) < len(KINDS):
-            self._meet_alone(batch, routes)
+        else:
+            self._refuse(batch)
+            if self.forms and self._takes_videos and len(self._met) < len(KINDS):
+                self._meet_alone(batch, routes)
         if has_features not in self._tried and True not in self._tried:
             self._tried.add(has_features)
             self._try_stages_together(batch)
@@ -225,8 +232,10 @@ class Handshake:
 
     # One rank -------------------------------------------------------------------------------------------------------
 
-    def _refuse_videos(self, batch: StepBatch) -> None:
-        if any(has_videos(inputs or {}) for inputs in (*batch.text, *batch.vision)):
+    def _refuse(self, batch: StepBatch) -> None:
+        given = (*batch.text, *batch.vision)
+        refuse_sounds(given, self._name)
+        if not self._takes_videos and any(has_videos(inputs or {}) for inputs in given):
             raise ModelError(
                 f"a microbatch holds videos, and the body of {self._name} has no get_video_features, no "
                 "get_placeholder_mask that tells where they belong, or takes no mm_encoder_outputs (transformers >= "

@@ -7,7 +7,7 @@ Assumption: `get_placeholder_mask` of the model tells the placeholders of both f
 videos have one token, `mm_token_type_ids` tells them apart; without it, an LLM's microbatch holds one kind.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ __all__ = [
     "join",
     "kinds_of",
     "placeholder_kinds",
+    "refuse_sounds",
     "run_encoder",
     "sent_width",
     "takes_videos",
@@ -64,6 +65,17 @@ def run_encoder(body: Any, kind: str, inputs: Mapping[str, Any], keys: Mapping[s
     known = {key: value for key, value in inputs.items() if key in keys[kind]}
     method = body.get_video_features if kind == "video" else body.get_image_features
     return method(**known, return_dict=True)
+
+
+def refuse_sounds(given: Iterable[Mapping[str, Any] | None], name: str) -> None:
+    """Raise `ModelError` if there are features of sounds among the inputs."""
+    for inputs in given:
+        for key, value in (inputs or {}).items():
+            if _is(value) and (key.startswith("input_features") or "audio" in key):
+                raise ModelError(
+                    f"a microbatch holds sounds ({key}), and a pipeline runs images and videos alone: drop the "
+                    f"sounds, or train {name} with Trainer and DflopCallback."
+                )
 
 
 def _is(value: Any) -> bool:

@@ -140,6 +140,11 @@ def make_plan(
         PlanError: nothing fits (the message says what came nearest), or an argument is not usable.
     """
     spec = model_config if isinstance(model_config, ModelSpec) else ModelSpec.from_config(model_config)
+    if not spec.takes_images:
+        raise PlanError(
+            "the model takes sounds and no images; plans do not place an audio encoder. Balance such a model with "
+            "DflopCallback."
+        )
     shapes = profile if isinstance(profile, Shapes) else getattr(profile, "shapes", None)
     if shapes is None:
         raise PlanError("the profile has no shapes of its samples; save it with them, or pass Shapes.")

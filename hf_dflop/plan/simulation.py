@@ -25,6 +25,7 @@ from hf_dflop.plan.simulate import most_in_flight, simulate_order
 from hf_dflop.plan.step import plan_step, rank_of_line
 from hf_dflop.plan.step_memory import step_memory
 from hf_dflop.plan.timeline import CAUSES, Timeline
+from hf_dflop.plan.workload import refuse_sounds
 from hf_dflop.shapes import Shapes
 
 __all__ = ["Simulation", "draw_batches", "simulate"]
@@ -183,13 +184,14 @@ def simulate(
         [`Simulation`]
 
     Raises:
-        PlanError: no global batch size, a dataset smaller than it, or a profile of another model.
+        PlanError: no global batch size, a dataset smaller than it, samples with sounds, or a profile of another model.
 
     Example:
         >>> simulation = hf_dflop.simulate(hf_dflop.Plan.load("plan.json"), profile, cost)      # doctest: +SKIP
         >>> print(simulation.summary())                                                         # doctest: +SKIP
     """
     shapes = _shapes(profile)
+    refuse_sounds(shapes)
     spec = getattr(profile, "spec", None)
     if spec is not None and spec != cost.spec:
         raise PlanError("the profile and the cost model are of different models; use those of one model.")

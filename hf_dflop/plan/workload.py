@@ -17,7 +17,7 @@ from hf_dflop.plan.plan import ModulePlan, Plan
 from hf_dflop.plan.stage_seconds import SampleSeconds, sample_seconds, stock_flat
 from hf_dflop.shapes import Shapes
 
-__all__ = ["Workload", "draw_batches"]
+__all__ = ["Workload", "draw_batches", "refuse_sounds"]
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -30,17 +30,22 @@ def draw_batches(shapes: Shapes, global_batch_size: int, num_batches: int, seed:
     """
     if not len(shapes):
         raise PlanError("the profile has no samples; profile a dataset with at least one usable row.")
-    if shapes.num_audios.any():
-        raise PlanError(
-            f"{int((shapes.num_audios > 0).sum())} samples have sounds; plans do not place an audio encoder. Balance "
-            "such a model with DflopCallback, or plan for the samples without sounds."
-        )
+    refuse_sounds(shapes)
     if isinstance(global_batch_size, bool) or global_batch_size < 1 or num_batches < 1:
         raise PlanError(
             f"global_batch_size is {global_batch_size}, num_batches {num_batches}; both must be at least 1."
         )
     random = np.random.default_rng(seed)
     return [shapes.select(random.integers(len(shapes), size=global_batch_size)) for _ in range(num_batches)]
+
+
+def refuse_sounds(shapes: Shapes) -> None:
+    """Raise `PlanError` if any sample has a sound."""
+    if number := int((shapes.num_audios > 0).sum()):
+        raise PlanError(
+            f"{number} samples have sounds; plans do not place an audio encoder. Balance such a model with "
+            "DflopCallback, or plan for the samples without sounds."
+        )
 
 
 class Workload:

@@ -39,7 +39,7 @@ def style(figure: Any, height: int) -> Any:
     return figure
 
 
-def joint(shapes: Shapes, vision: Costs, llm: Costs, unit: str) -> Any:
+def joint(shapes: Shapes, vision: Costs, llm: Costs, unit: str, encoder: str) -> Any:
     """Each sample's cost in the encoder and in the LLM, with both distributions."""
     from plotly.subplots import make_subplots
 
@@ -52,16 +52,13 @@ def joint(shapes: Shapes, vision: Costs, llm: Costs, unit: str) -> Any:
         heaviest = np.argsort(-(vision + llm), kind="stable")[: _MAX_POINTS // 10]
         others = np.random.default_rng(0).permutation(picked.size)[: _MAX_POINTS - heaviest.size]
         picked = np.union1d(heaviest, others)
-    hover = [
-        f"row {i}: {shapes.num_images[i]} images, {shapes.image_patches[i]:,} patches, {shapes.llm_tokens[i]:,} tokens"
-        for i in picked
-    ]
+    hover = [f"row {i}: {_media(shapes, i)}{shapes.llm_tokens[i]:,} tokens" for i in picked]
     many = bool(shapes.num_images.max() > 1)
     color = {"color": shapes.num_images[picked], "colorscale": "Viridis"} if many else {"color": COLORS["balanced"]}
     bar = {"colorbar": {"title": "images", "len": 0.6, "y": 0.4}} if many else {}
     figure.add_scattergl(
         x=llm[picked], y=vision[picked], mode="markers", text=hover, showlegend=False, row=2, col=1,
-        hovertemplate="%{text}<br>LLM %{x:.3g}, vision %{y:.3g} " + unit + "<extra></extra>",
+        hovertemplate=f"%{{text}}<br>LLM %{{x:.3g}}, {encoder} %{{y:.3g}} {unit}<extra></extra>",
         marker={"size": 5, "opacity": 0.6, **color, **bar},
     )  # fmt: skip
     for row, column, axis, values in ((1, 1, "x", llm), (2, 2, "y", vision)):
@@ -72,18 +69,28 @@ def joint(shapes: Shapes, vision: Costs, llm: Costs, unit: str) -> Any:
             **bars, width=width, marker_color=COLORS["stock"], showlegend=False, hoverinfo="skip", row=row, col=column
         )
     figure.update_xaxes(title_text=f"LLM, {unit} per sample", rangemode="tozero", row=2, col=1)
-    figure.update_yaxes(title_text=f"vision encoder, {unit} per sample", rangemode="tozero", row=2, col=1)
+    figure.update_yaxes(title_text=f"{encoder}, {unit} per sample", rangemode="tozero", row=2, col=1)
     figure.update_xaxes(title_text="samples", row=2, col=2)
     figure.update_yaxes(title_text="samples", row=1, col=1)
     return style(figure, 480)
 
 
-def tail(vision: Costs, llm: Costs) -> Any:
+def _media(shapes: Shapes, i: Any) -> str:
+    """What a sample holds, and a comma, for the hover text."""
+    parts = []
+    if shapes.num_images[i] or not shapes.num_audios[i]:
+        parts += [f"{shapes.num_images[i]} images", f"{shapes.image_patches[i]:,} patches"]
+    if shapes.num_audios[i]:
+        parts += [f"{shapes.num_audios[i]} sounds of {shapes.audio_ms[i] / 1000:,.1f} s"]
+    return "".join(f"{part}, " for part in parts)
+
+
+def tail(vision: Costs, llm: Costs, encoder: str) -> Any:
     """What share of the cost the heaviest samples take."""
     import plotly.graph_objects as go
 
     figure = go.Figure()
-    for name, values, color in (("vision", vision, "#7b5ea7"), ("LLM", llm, COLORS["balanced"])):
+    for name, values, color in ((encoder, vision, "#7b5ea7"), ("LLM", llm, COLORS["balanced"])):
         heaviest = np.sort(values)[::-1].cumsum()
         if heaviest[-1] > 0:
             at = np.unique(np.linspace(0, heaviest.size - 1, 200).astype(int))

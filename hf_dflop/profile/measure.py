@@ -119,6 +119,10 @@ def measure_model(
         raise ModelError(f"frozen names {sorted(unknown)}; the modules are {', '.join(MODULES)}.")
     config = load_config(model, revision=revision)
     spec = ModelSpec.from_config(config)
+    if not spec.takes_images:
+        raise ModelError(
+            "the model takes sounds and no images; an audio encoder is not measured. Leave out cost_model."
+        )
     degrees = sorted({tp} if isinstance(tp, int) else set(tp))
     _check_degrees(spec, degrees)
     grid = _grid(spec, place.type, max_tokens, max_patches, max_points, num_held_out, target, budget_s, seed)

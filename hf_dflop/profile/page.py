@@ -4,7 +4,7 @@ Inputs: a profile that has its samples, and optionally the dataset, for pictures
 Output: the page as text; scripts and pictures are inside it.
 
 Assumptions: costs are training FLOPs from the model's config, both modules at the same speed; without a config,
-encoder patches and LLM tokens stand for cost, and waiting is not predicted.
+encoder patches (of sounds, frames) and LLM tokens stand for cost, and waiting is not predicted.
 """
 
 import base64
@@ -55,13 +55,15 @@ def render_page(profile: "DatasetProfile", dataset: Any = None, ranks: Sequence[
         vision, llm, unit = cost.vision_s(shapes), cost.llm_s(shapes), "TFLOP"
         waiting = predict_waiting(_usable(profile), cost, ranks=ranks)
     else:
-        vision, llm, unit = shapes.image_patches.astype(float), shapes.llm_tokens.astype(float), "positions"
+        vision, llm, unit = shapes.encoder_inputs.astype(float), shapes.llm_tokens.astype(float), "positions"
         waiting = []
     total = vision + llm
     heaviest = [int(i) for i in np.argsort(-total, kind="stable")[:_TAIL_ROWS]]
     ordered = np.sort(total)[::-1]
     groups = _subsets(profile, total)
-    plots = {"joint": figures.joint(shapes, vision, llm, unit), "tail": figures.tail(vision, llm)}
+    hears, sees = bool(shapes.num_audios.any()), bool(shapes.num_images.any())
+    encoder = "encoders" if hears and sees else "audio encoder" if hears else "vision encoder"
+    plots = {"joint": figures.joint(shapes, vision, llm, unit, encoder), "tail": figures.tail(vision, llm, encoder)}
     if waiting:
         plots["waiting"] = figures.waiting(waiting)
     if groups:
@@ -80,6 +82,9 @@ def render_page(profile: "DatasetProfile", dataset: Any = None, ranks: Sequence[
         plots=html,
         profile=profile,
         unit=unit,
+        encoder=encoder,
+        hears=hears,
+        sees=sees or not hears,
         advice=advice(profile, waiting),
         waiting=waiting,
         way_names=figures.WAY_NAMES,
@@ -166,6 +171,9 @@ def _tail_rows(
             "images": int(shapes.num_images[i]),
             "tiles": int(shapes.image_tiles[i]),
             "image_tokens": int(shapes.image_tokens[i]),
+            "sounds": int(shapes.num_audios[i]),
+            "sound_s": float(shapes.audio_ms[i]) / 1000,
+            "audio_tokens": int(shapes.audio_tokens[i]),
             "text_tokens": int(shapes.text_tokens[i]),
             "vision": float(vision[i]),
             "llm": float(llm[i]),

@@ -115,14 +115,19 @@ class DatasetProfile:
 
         return merge(list(profiles))
 
+    @property
+    def shown(self) -> dict[str, dict[str, float]]:
+        """The quantiles without those of a kind that no sample has: of sounds, or of images where there are sounds."""
+        hears, sees = self.totals.get("num_audios"), self.totals["num_images"]
+        hidden = [kind for kind, used in (("audio", hears), ("image", sees or not hears)) if not used]
+        return {name: q for name, q in self.quantiles.items() if not any(kind in name for kind in hidden)}
+
     def summary(self) -> str:
         """The profile as a text table."""
         shown = ("0.05", "0.5", "0.95", "0.99", "1.0")
         heads = ("5 %", "median", "95 %", "99 %", "max")
         lines = [f"{self.num_samples:,} samples", f"{'':18}{'total':>16}" + "".join(f"{h:>12}" for h in heads)]
-        for name, values in self.quantiles.items():
-            if "audio" in name and not self.totals.get("num_audios"):
-                continue
+        for name, values in self.shown.items():
             cells = "".join(f"{values[q]:>12,.0f}" for q in shown)
             lines.append(f"{name:18}{self.totals[name]:>16,}{cells}")
         if self.errors:
@@ -212,13 +217,15 @@ def _draw(shapes: Shapes, folder: Path) -> None:
         return
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     joint, tail = figure.subplots(1, 2)
-    patches, tokens = shapes.image_patches, shapes.llm_tokens
+    patches, tokens = shapes.encoder_inputs, shapes.llm_tokens
+    kind = "patches and frames" if shapes.num_audios.any() and shapes.num_images.any() else "patches"
+    kind = "frames" if shapes.num_audios.any() and not shapes.num_images.any() else kind
     counts, x_edges, y_edges = np.histogram2d(patches, tokens, bins=40)
     mesh = joint.pcolormesh(x_edges, y_edges, np.where(counts.T > 0, counts.T, np.nan), norm="log", cmap="viridis")
     figure.colorbar(mesh, ax=joint, label="samples")
-    joint.set(xlabel="image patches (vision encoder)", ylabel="LLM tokens", title="What each module gets per sample")
+    joint.set(xlabel=f"{kind} (encoder)", ylabel="LLM tokens", title="What each module gets per sample")
     share = np.arange(1, len(shapes) + 1) / len(shapes)
-    for values, label in ((patches, "image patches"), (tokens, "LLM tokens")):
+    for values, label in ((patches, kind), (tokens, "LLM tokens")):
         heaviest = np.sort(values)[::-1].cumsum()
         if heaviest[-1]:
             tail.plot(share, heaviest / heaviest[-1], label=label)

@@ -7,6 +7,7 @@ decoding. A local file goes to the reader of `load_dataset` that its ending asks
 import copy
 import logging
 import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -75,12 +76,49 @@ def _load(dataset: str, name: str | None, split: str | None, revision: str | Non
         options |= {"data_files": str(path), "revision": None}
         dataset = reader
     try:
-        return datasets.load_dataset(dataset, **options)
+        try:
+            loaded = datasets.load_dataset(dataset, **options)
+        except Exception as error:
+            if not _asks_for_torchcodec(error):
+                raise
+            loaded = None
+        if (streaming or loaded is None) and find_spec("torchcodec") is None:
+            stream = datasets.load_dataset(dataset, **{**options, "streaming": True}) if loaded is None else loaded
+            if features := _sounds_as_bytes(stream):
+                return datasets.load_dataset(dataset, **options, features=features)
+            if loaded is None:
+                raise ImportError("its sounds are read by torchcodec: pip install torchcodec")
+        return loaded
     except Exception as error:
-        said = f"{error}".strip().splitlines()
+        cause: BaseException = error
+        while isinstance(cause, datasets.exceptions.DatasetGenerationError) and cause.__cause__ is not None:
+            cause = cause.__cause__
+        said = f"{cause}".strip().splitlines()
         raise DatasetError(
-            f"the dataset {str(path)!r} cannot be loaded: {type(error).__name__}: {said[0] if said else ''}"
+            f"the dataset {str(path)!r} cannot be loaded: {type(cause).__name__}: {said[0] if said else ''}"
         ) from error
+
+
+def _asks_for_torchcodec(error: BaseException | None) -> bool:
+    """Whether an error comes from the library by which `datasets` writes sounds."""
+    while error is not None and not isinstance(error, ImportError):
+        error = error.__cause__
+    return error is not None and "torchcodec" in str(error)
+
+
+def _sounds_as_bytes(stream: Any) -> Any:
+    """Features of an archive whose members are rows (WebDataset), sounds being bytes; `None` for anything else.
+
+    `datasets` would ask for torchcodec even where nothing is decoded.
+    """
+    import datasets
+
+    first = next(iter(stream.values())) if isinstance(stream, dict) else stream
+    features = first.features or {}
+    sounds = [name for name, feature in features.items() if isinstance(feature, datasets.Audio)]
+    if not sounds or "__key__" not in features:
+        return None
+    return datasets.Features({**features, **{name: datasets.Value("binary") for name in sounds}})
 
 
 def load_processor(processor: Any, config: Any) -> tuple[Any, Any]:

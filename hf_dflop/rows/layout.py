@@ -44,6 +44,8 @@ _CAPTION_COLUMNS = ("text", "caption", "captions", "txt")
 _IMAGE_COLUMNS = ("images", "image", "img", "picture", "pictures")
 _VIDEO_COLUMNS = ("videos", "video")
 _AUDIO_COLUMNS = ("audios", "audio")
+_AUDIO_ENDINGS = ("wav", "flac", "mp3", "ogg", "opus")
+"""Columns of an archive whose members are rows (WebDataset)."""
 _ROLES = {
     "human": "user",
     "user": "user",
@@ -136,7 +138,8 @@ def detect_layout(
         return Layout(kind="function", function=layout)
     if layout != "auto" and layout not in LAYOUTS:
         raise DatasetError(f"unknown layout {layout!r}; expected 'auto', a function, or one of {LAYOUTS}")
-    sounds = [c for c in columns if _is_column_of("audio", _AUDIO_COLUMNS, c, row[c], features.get(c))]
+    heard = _AUDIO_COLUMNS + _AUDIO_ENDINGS
+    sounds = [c for c in columns if _is_column_of("audio", heard, c, row[c], features.get(c))]
     videos = [
         c for c in columns if c not in sounds and _is_column_of("video", _VIDEO_COLUMNS, c, row[c], features.get(c))
     ]

@@ -60,6 +60,7 @@ def train(
     output_dir: str | None = None,
     evaluate_first: bool = False,
     trainer_class: type[NotingTrainer] = NotingTrainer,
+    compute_loss_func: Any = None,
     **arguments: Any,
 ) -> NotingTrainer:
     """One training run of a fresh tiny model; `arguments` go to `TrainingArguments`."""
@@ -88,6 +89,7 @@ def train(
             eval_dataset=dataset,
             data_collator=collator if collator is not None else tiny.Collate(dtype),
             callbacks=callbacks,
+            compute_loss_func=compute_loss_func,
         )
         if evaluate_first:
             trainer.evaluate()

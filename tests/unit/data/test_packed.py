@@ -12,8 +12,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from hf_dflop import PackedCollator, VisionLanguageCollator, attend_by_sample, check_packing
 from hf_dflop.data.by_sample import BY_SAMPLE
 from hf_dflop.errors import DatasetError, ModelError
+from tests.distributed import hearing
 from tests.unit.data.families import FAMILIES, config_of, model_of, rows_of
 from tests.unit.data.test_models_take_it import TEXT
+from tests.unit.rows import tiny
 
 
 def gradients(model: Any, batch: dict[str, Any]) -> dict[str, torch.Tensor | None]:
@@ -51,6 +53,42 @@ def test_packed_equals_unpacked(name: str, attention: str) -> None:
         assert (gradient is None) == (joined[key] is None), key
         if gradient is not None:
             assert float((joined[key] - gradient).norm()) <= 1e-4 * float(gradient.norm()) + floor, key
+
+
+@pytest.mark.parametrize("name", ["audioflamingo3", "qwen2_audio"])
+def test_rows_with_sounds(name: str) -> None:
+    processor = tiny.audioflamingo3() if name == "audioflamingo3" else tiny.qwen2_audio(2)
+    model = hearing.audioflamingo3(processor) if name == "audioflamingo3" else hearing.qwen2_audio(processor, 2)
+    collate = PackedCollator(processor, model)
+    rows = [
+        {"question": "What?", "answer": said, "audio": {"array": tone(length), "sampling_rate": 16_000}}
+        for said, length in (("a cat", 9_000), ("the sea", 25_000))
+    ]
+    rows.append({"question": "What?", "answer": "a picture", "audio": None})
+    found = check_packing(model, collate, rows)
+    assert found.error <= 1e-5
+    assert (found.num_text_probes, found.num_image_probes) == (3, 2)
+    padded, packed = collate.collator(rows), collate(rows)
+    assert packed["input_ids"].shape == (1, int(padded["attention_mask"].sum()))
+    assert packed["input_features"].equal(padded["input_features"])
+    expected, joined = gradients(model, padded), gradients(model, packed)
+    norm = max(float(g.norm()) for g in expected.values() if g is not None)
+    for key, gradient in expected.items():
+        if gradient is not None:
+            assert float((joined[key] - gradient).norm()) <= 1e-4 * float(gradient.norm()) + 1e-6 * norm, key
+
+
+def tone(length: int) -> list[float]:
+    return torch.arange(length).div(5).sin().tolist()
+
+
+def test_sounds_of_a_model_whose_positions_are_not_known_are_not_packed() -> None:
+    processor = tiny.qwen2_5_omni()
+    collate = PackedCollator(processor, hearing.qwen2_5_omni(processor))
+    row = {"question": "What?", "answer": "a cat", "audio": {"array": tone(9_000), "sampling_rate": 16_000}}
+    with pytest.raises(DatasetError, match=r"Qwen2_5Omni\w+ has positions of several dimensions"):
+        collate([row, row])
+    assert collate([{**row, "audio": None}] * 2)["position_ids"].shape[0] == 4
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "gemma3"])

@@ -28,7 +28,22 @@ beyond 30 seconds, for two sounds in a row where the processor takes them, for a
 with an image and a sound where it takes both. They are counted by running the processor on silence of the length
 (`hf_dflop/profile/audio_count.py`). A sound for which the processor writes no token is refused as too short.
 
-Files are read by PyAV (`pip install "hf_dflop[audio]"`), packet by packet and without decoding: WAV, FLAC, MP3, Ogg.
+Files are read by PyAV (`pip install "hf_dflop[audio]"`), packet by packet and without decoding: WAV, FLAC, MP3, Ogg;
+also as members of tar archives (WebDataset: `a.wav` beside `a.txt`; beside `a.json`, pass `layout=` a function).
+
+Models of sounds and text, or of images, sounds and text, train under `DflopCallback` with the steps of the stock run.
+The audio encoder is balanced as the vision encoder is, with frames where that has patches. Its cost is known where it
+is of Whisper's structure (Qwen2-Audio, Qwen2.5-Omni, Audio Flamingo 3, Voxtral, GLM-ASR): FLOPs are within 1 % of
+torch's counter. For another one, give `cost_model=CostModel.analytic(spec)` with a `ModelSpec` of the nearest
+dimensions: what is trained does not depend on it. `PackedCollator` joins rows with sounds where positions count
+tokens. Refused are:
+
+- a model whose loss is the mean of a microbatch, whatever Trainer tells it (Qwen2-Audio): its gradient depends on the
+  grouping. Give the Trainer a `compute_loss_func` that divides by `num_items_in_batch`.
+- packed rows with sounds where positions have several dimensions (Qwen2.5-Omni): those of sounds are not known here.
+- `dummy_image=True` with sounds, since no dummy sound is made. Where ranks wait for each other in the encoder, every
+  step needs as many samples with sounds as microbatches, or DDP `ddp_find_unused_parameters=True`.
+- `hf-dflop plan`, `simulate`, `measure`, and pipelines: they place and run images and videos alone.
 
 | model type | processor | sounds |
 |---|---|---|

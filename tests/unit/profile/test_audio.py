@@ -1,6 +1,8 @@
 """Datasets with sounds: every source, bad rows, what is kept beside them, and the report."""
 
 import io
+import json
+import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +17,7 @@ from hf_dflop.errors import DatasetError, ProcessorError
 from hf_dflop.profile import DatasetProfile, profile_dataset
 from hf_dflop.profile.source import without_decoding
 from hf_dflop.shapes import NEEDED_COLUMNS, SHAPE_COLUMNS, Shapes
+from tests.distributed import hearing
 from tests.unit.rows import tiny
 from tests.unit.rows.sounds import sound
 
@@ -152,3 +155,54 @@ def test_a_model_without_a_known_audio_encoder_has_no_costs() -> None:
     cost = CostModel.analytic(full)
     assert (cost.vision_s(heard) > cost.vision_s(silent)).all()
     assert CostModel.from_json(cost.to_json()) == cost
+
+
+def test_archives_of_sounds(tmp_path: Path) -> None:
+    """WebDataset: members of a row share a name, and their endings are the columns."""
+    said = {"question": "What?", "answer": "a cat"}
+    for container in ("wav", "flac", "mp3"):
+        with tarfile.open(tmp_path / f"{container}.tar", "w") as archive:
+            for i, length in enumerate(LENGTHS):
+                members = (
+                    (container, sound(container, length)),
+                    ("txt", b"a cat"),
+                    ("json", json.dumps(said).encode()),
+                )
+                for ending, content in members:
+                    entry = tarfile.TarInfo(f"s{i}.{ending}")
+                    entry.size = len(content)
+                    archive.addfile(entry, io.BytesIO(content))
+        plain = {"text": ["a cat"] * 3, "audio": [cell(n, container) for n in LENGTHS]}
+        expected = counts(profile_dataset(datasets.Dataset.from_dict(plain), tiny.qwen2_audio())[0])
+        for streaming in (False, True):
+            annotated, _ = profile_dataset(tmp_path / f"{container}.tar", tiny.qwen2_audio(), streaming=streaming)
+            told = [[row[name] for name in SHAPE_COLUMNS] for row in annotated.remove_columns(container)]
+            assert told == expected
+
+    def asked(row: dict[str, Any]) -> dict[str, Any]:
+        turns = [{"role": "user", "content": row["json"]["question"]}]
+        turns.append({"role": "assistant", "content": row["json"]["answer"]})
+        return {"messages": turns, "audios": [row["flac"]]}
+
+    annotated, _ = profile_dataset(tmp_path / "flac.tar", tiny.qwen2_audio(), layout=asked)
+    with_question = profile_dataset(
+        datasets.Dataset.from_dict(questions([cell(n) for n in LENGTHS])), tiny.qwen2_audio()
+    )
+    assert annotated["dflop_text_tokens"][:] == with_question[0]["dflop_text_tokens"][:]
+
+
+def test_the_report_of_sounds_speaks_of_sounds(tmp_path: Path) -> None:
+    model = hearing.audioflamingo3(processor := tiny.audioflamingo3())
+    data = datasets.Dataset.from_dict(questions([cell(n) for n in LENGTHS] * 4))
+    annotated, profile = profile_dataset(data, processor, config=model.config)
+    assert profile.spec is not None
+    assert not profile.spec.takes_images
+    profile.save(tmp_path, dataset=annotated)
+    assert DatasetProfile.load(tmp_path).spec == profile.spec
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    told = page[page.index("<body>") :]
+    for text in ("samples, 12 sounds of 16 seconds", "in the audio encoder", "<th>seconds</th>", "encoder TFLOP"):
+        assert text in told
+    for text in ("vision", "images", "patches"):
+        assert text not in told.replace("samples have images", "")
+    assert "image" not in profile.summary()

@@ -277,19 +277,27 @@ def config_of(build: Any) -> Any:
     return CONFIG if build in (internvl, idefics3, smolvlm, gemma3, gemma3_crops, paligemma, aya_vision) else None
 
 
-def whisper_features() -> Any:
+def whisper_features(chunk_length: int = 30) -> Any:
     from transformers import WhisperFeatureExtractor
 
-    return WhisperFeatureExtractor(feature_size=8)
+    return WhisperFeatureExtractor(feature_size=8, chunk_length=chunk_length)
 
 
-def qwen2_audio() -> Any:
+def audioflamingo3() -> Any:
+    """Sounds, one in a row, in chunks of a second."""
+    from transformers import AudioFlamingo3Processor
+
+    template = AUDIO_CHATML.replace("SOUND", "<|AUDIO|>").replace("IMAGE", "")
+    return AudioFlamingo3Processor(whisper_features(1), tokenizer(), audio_token="<|AUDIO|>", chat_template=template)
+
+
+def qwen2_audio(chunk_length: int = 30) -> Any:
     """Sounds and no images."""
     from transformers import Qwen2AudioProcessor
 
     named = tokenizer(audio_token="<|AUDIO|>", audio_bos_token="<|audio_bos|>", audio_eos_token="<|audio_eos|>")
     template = AUDIO_CHATML.replace("SOUND", "<|audio_bos|><|AUDIO|><|audio_eos|>")
-    return Qwen2AudioProcessor(whisper_features(), named, chat_template=template)
+    return Qwen2AudioProcessor(whisper_features(chunk_length), named, chat_template=template)
 
 
 def qwen2_5_omni() -> Any:
