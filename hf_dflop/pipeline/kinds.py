@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from hf_dflop.errors import ShapeMismatchError
+from hf_dflop.errors import ModelError, ShapeMismatchError
 from hf_dflop.pipeline._compat import takes_outputs
 from hf_dflop.pipeline.features import FeatureFormat, flatten, unflatten
 

@@ -68,7 +68,7 @@ def stock_processor(family: str) -> Any:
 
 def model(family: str, dtype: torch.dtype, **settings: Any) -> Any:
     """The family's model, with these settings of its tower."""
-    return copy.deepcopy(_master(family, dtype, **settings))
+    return build(family, dtype, **settings) if settings else copy.deepcopy(_master(family, dtype))
 
 
 @functools.cache
@@ -77,7 +77,11 @@ def collator(family: str) -> Any:
 
 
 @functools.cache
-def _master(family: str, dtype: torch.dtype, **settings: Any) -> Any:
+def _master(family: str, dtype: torch.dtype) -> Any:
+    return build(family, dtype)
+
+
+def build(family: str, dtype: torch.dtype, **settings: Any) -> Any:
     name, vision, text, _ = CASES[family]
     vision = vision | settings
     stock = stock_processor(family)
