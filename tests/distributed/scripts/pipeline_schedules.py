@@ -13,7 +13,7 @@ from unittest import mock
 import pytest
 import torch
 
-from hf_dflop.data import PackedCollator
+from hf_dflop.data import PackedCollator, attend_by_sample
 from hf_dflop.errors import DflopError
 from hf_dflop.pipeline import PipelineModel
 from hf_dflop.pipeline.split import LlmPart
@@ -44,6 +44,8 @@ class Case:
     model: dict[str, Any] = field(default_factory=dict)
     cells: dict[str, Any] = field(default_factory=dict)
     packed: bool = False
+    by_sample: bool = False
+    """Packed samples attend one by one."""
     shuffled: bool = False
     autocast: torch.dtype | None = None
     dtype: torch.dtype = torch.float64
@@ -119,6 +121,7 @@ CASES: dict[str, Case] = {
     "checkpointing": Case(layout=(1, 2, 1), plan={"checkpointing": True}),
     "checkpointing, zero bubble": Case(layout=(1, 2, 1), plan=ZB | {"checkpointing": True}, family="qwen2_5_vl"),
     "packed": Case(layout=(1, 2, 1), packed=True),
+    "packed, one by one": Case(layout=(1, 2, 1), packed=True, by_sample=True, check=True),
     "packed, mrope": Case(layout=(2, 1, 2), packed=True, family="qwen2_5_vl"),
     "packed, own masks": Case(layout=(1, 2, 1), packed=True, family="gemma3"),
     "autocast": Case(layout=(1, 2, 1), autocast=torch.bfloat16),
@@ -238,11 +241,17 @@ def without_routers(case: Case) -> Case:
     return replace(case, refused="computes no balancing loss") if case.model.get("balance") else case
 
 
+def model_of(case: Case, dtype: torch.dtype) -> Any:
+    built = p.model(case.family, dtype, **case.model)
+    assert not case.by_sample or attend_by_sample(built)
+    return built
+
+
 def run(worlds: p.Worlds, name: str, case: Case) -> None:
     dtype = case.dtype if case.autocast is None else torch.float32
     layers = case.model.get("layers", 4)
     collate = p.casting(p.collator(case.family), dtype)
-    built = p.model(case.family, dtype, **case.model)
+    built = model_of(case, dtype)
     if case.packed:
         collate = p.casting(PackedCollator(p.collator(case.family), built), dtype)
     plan = p.plan(case.layout, layers=layers, **case.plan)
@@ -272,7 +281,7 @@ def run(worlds: p.Worlds, name: str, case: Case) -> None:
 
         def build() -> tuple[PipelineModel, p.StepBatch]:
             pipe = PipelineModel.from_model(
-                p.model(case.family, dtype, **case.model),
+                model_of(case, dtype),
                 plan=plan,
                 autocast=case.autocast,
                 order=order,
