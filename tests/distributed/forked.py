@@ -14,10 +14,13 @@ import runpy
 import signal
 import socket
 import sys
+import tempfile
 import traceback
+from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 
 from hf_dflop.balance.warmup import warm_up
 
@@ -120,8 +123,9 @@ def main() -> None:
     torch.set_num_threads(1)
     for library in _LIBRARIES:
         importlib.import_module(library)
-    for padded in (True, False):
-        warm_up(objective="step", padded=padded)
+    with FileLock(Path(tempfile.gettempdir()) / f"hf_dflop-{os.getuid()}-compiling.lock"):  # the others find it done
+        for padded in (True, False):
+            warm_up(objective="step", padded=padded)
     for line in sys.stdin:
         child = os.fork()
         if child == 0:

@@ -98,7 +98,7 @@ def test_costs_correct_themselves_and_slow_ranks_are_found() -> None:
 
 
 def test_balanced_training_on_sounds_takes_the_same_steps() -> None:
-    """A model of sounds in fp32 and fp64, one with a loss of its own, and one of images and sounds."""
+    """A model of sounds, one with a loss of its own, and one of images and sounds."""
     output = launch("tests.distributed.scripts.hearing", num_processes=2)
-    assert output.count("hearing ") == 2 * 4
+    assert output.count("hearing ") == 2 * (4 if EVERY_CASE else 3)
     assert output.count("mean loss refused") == 2
