@@ -1,4 +1,4 @@
-"""24 (or 12) steps of stock and of balanced training agree in every parameter: DDP and FSDP2, padded and packed, LoRA.
+"""24 steps of stock and of balanced training agree in every parameter: DDP and FSDP2, padded and packed, LoRA.
 
 `ddp FILE` trains under DDP and saves what the stock runs end with, then a model that transformers sharded when it was
 loaded; `fsdp FILE` trains under FSDP2 through accelerate. Both compare with the stock DDP runs. The rows without an
@@ -17,12 +17,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hf_dflop import DflopCallback, PackedCollator
 from tests.distributed import tiny
-from tests.distributed.every_case import EVERY_CASE
 from tests.distributed.harness import NotingTrainer, parameters, relative_difference, train
 from tests.distributed.sharding import FSDP_ARGUMENTS, assert_sharded, let_cpus_shard
 
 WORLD = int(os.environ["EXPECTED_WORLD_SIZE"])
-STEPS = 24 if EVERY_CASE else 12
+STEPS = 24
 SHARDED = sys.argv[1] == "fsdp"
 ALL = sys.argv[3:] == ["all"]
 SINGLE, DOUBLE = 1e-5, 1e-12
