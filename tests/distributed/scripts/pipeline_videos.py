@@ -272,9 +272,8 @@ def late(case: Case, layout: p.Layout, *, videos_first: bool = False, **settings
             calls.append(found - collections.Counter(all_reduce=1, all_gather_object=1))  # those of the test
             assert error <= TOLERANCE[case.dtype], (case.family, error, where)
         assert calls[0]["broadcast_object_list"], calls[0]
-        if (
-            pipe.plan.vision.tp > 1
-        ):  # its ranks agree on random numbers and gradients, and try the first videos together
+        # Tensor-parallel ranks of the encoder try the first videos together.
+        if pipe.plan.vision.tp > 1:
             calls[4] = calls[5]
         assert calls[1:] == [calls[5]] * 5, calls
         assert set(calls[5]) == ({"all_reduce"} if pipe.shards is None else {"all_reduce", "broadcast"}), calls[5]
