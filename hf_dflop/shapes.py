@@ -74,7 +74,7 @@ class Shapes:
                 raise DatasetError(f"shape column {field.name!r} has {array.ndim} dimensions; expected (num_samples,)")
             if array.size and not np.issubdtype(array.dtype, np.integer):
                 raise DatasetError(f"shape column {field.name!r} has dtype {array.dtype}; expected whole numbers")
-            array = array.astype(np.int64)
+            array = array.astype(np.int64, copy=array.flags.writeable)  # what nobody can change need not be copied
             if array.size and int(array.min()) < 0:
                 index = int(array.argmin())
                 raise DatasetError(f"shape column {field.name!r} is {array[index]} at sample {index}; must be >= 0")
@@ -117,9 +117,9 @@ class Shapes:
             digest.update(getattr(self, field.name).astype("<i8").tobytes())
         return digest.hexdigest()[:16]
 
-    def select(self, indices: Sequence[int] | npt.NDArray[np.integer]) -> "Shapes":
+    def select(self, indices: Sequence[int] | npt.NDArray[np.integer] | slice) -> "Shapes":
         """The shapes of the samples `indices`, in that order."""
-        picked = np.asarray(indices, dtype=np.int64)
+        picked = indices if isinstance(indices, slice) else np.asarray(indices, dtype=np.int64)
         return Shapes(**{field.name: getattr(self, field.name)[picked] for field in fields(self)})
 
     def to_columns(self) -> dict[str, npt.NDArray[np.int64]]:
@@ -165,8 +165,17 @@ class Shapes:
                 "Use `ds, profile = hf_dflop.profile_dataset(ds, processor)`."
             )
         names = [name for name in SHAPE_COLUMNS if name in columns]
-        plain = dataset.with_format(None).select_columns(names).with_format("numpy")
-        return cls.from_columns(plain[:])
+        return cls.from_table(dataset.with_format(None).select_columns(names).with_format("arrow")[:])
+
+    @classmethod
+    def from_table(cls, table: Any) -> "Shapes":
+        """Read the shape columns of an arrow table; a column in one piece is not copied."""
+        columns = {}
+        for name in (name for name in SHAPE_COLUMNS if name in table.column_names):
+            column = table.column(name)
+            whole = column.chunk(0) if column.num_chunks == 1 else column
+            columns[name] = whole.to_numpy(zero_copy_only=False)
+        return cls.from_columns(columns)
 
 
 SHAPE_COLUMNS: tuple[str, ...] = tuple(COLUMN_PREFIX + field.name for field in fields(Shapes))

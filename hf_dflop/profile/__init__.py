@@ -7,9 +7,12 @@ bad_rows.py  what happens to rows that are not usable
 source.py    Hub ids, folders, files and processors → objects
 stream.py    streams: annotated lazily, profiled on some rows
 dataset.py   `profile_dataset`: load, verify, annotate, cache
+counts*.py   counts of all rows, chunk by chunk, in a file that is mapped into memory
+join.py      counts → columns of the dataset, without copying its rows
 origin.py    fingerprint of a processor and policy, kept with the annotated dataset
 subset.py    which sub-dataset a row comes from
 report.py    `DatasetProfile`: totals, quantiles, figures
+distinct.py  quantiles of counts without a copy of them
 merge.py     the profiles of all parts of a dataset → the profile of the whole
 waiting.py   how long ranks would wait for each other
 figures.py   the figures of the page

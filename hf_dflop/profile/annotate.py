@@ -44,6 +44,8 @@ _SUMMED_AUDIO = {
 }
 _NOTHING = dict.fromkeys(("num_images", *_SUMMED, "num_audios", "audio_ms", *_SUMMED_AUDIO), 0)
 """Of a row of text alone."""
+_NO_COUNTS = dict.fromkeys((name.removeprefix(COLUMN_PREFIX) for name in SHAPE_COLUMNS), 0)
+"""Of a row that is not usable."""
 
 
 class Annotator:
@@ -109,10 +111,8 @@ class Annotator:
             return _said(error, row.name)
 
     def _columns(self, counted: Sequence[dict[str, int] | DflopError]) -> dict[str, list[Any]]:
-        columns: dict[str, list[Any]] = {
-            name: [0 if isinstance(row, DflopError) else row[name.removeprefix(COLUMN_PREFIX)] for row in counted]
-            for name in SHAPE_COLUMNS
-        }
+        counts = [_NO_COUNTS if isinstance(row, DflopError) else row for row in counted]
+        columns: dict[str, list[Any]] = {COLUMN_PREFIX + name: [row[name] for row in counts] for name in _NO_COUNTS}
         columns[ERROR_COLUMN] = [str(row) if isinstance(row, DflopError) else None for row in counted]
         return columns
 

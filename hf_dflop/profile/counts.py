@@ -5,28 +5,31 @@ and the policy, so that a second call, in any process and with any number of wor
 written when it is counted: a call that was stopped goes on behind the last whole chunk. Bad rows are cached with
 their reasons, whatever `on_error` says. A few random rows are really processed first, and a mismatch stops here.
 
-Memory grows by the counts alone: rows are read in batches, and their counts kept as whole numbers.
+Memory does not grow with the rows: they are read in batches, and their counts lie in a file that is mapped.
 """
 
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from hf_dflop.errors import DatasetError, ShapeMismatchError
 from hf_dflop.profile.annotate import ERROR_COLUMN, Annotator
 from hf_dflop.profile.bad_rows import reasons_of
+from hf_dflop.profile.counts_file import counts_folder, read_counts, staged_counts, write_counts
 from hf_dflop.profile.policy import Policy
 from hf_dflop.profile.tokens import TokenCounter
 from hf_dflop.profile.verify import check_row
 from hf_dflop.rows import Layout, detect_layout, read_row
 from hf_dflop.shapes import SHAPE_COLUMNS, Shapes
+
+if TYPE_CHECKING:
+    from datasets.table import MemoryMappedTable
 
 __all__ = ["cached_counts", "find_layout", "verify_row"]
 
@@ -57,51 +60,55 @@ def find_layout(raw: Any, policy: Policy) -> Layout:
     raise DatasetError(f"row 0: cannot be read: {type(first).__name__}: {first}") from first
 
 
-def cached_counts(raw: Any, policy: Policy, layout: Layout, record: dict[str, Any]) -> tuple[Shapes, dict[int, str]]:
-    """The counts of all rows, and the reasons of the bad ones."""
+def cached_counts(
+    raw: Any, policy: Policy, layout: Layout, record: dict[str, Any]
+) -> "tuple[MemoryMappedTable, Shapes, dict[int, str]]":
+    """The counts of all rows, as a mapped table and as shapes that lie in it, and the reasons of the bad ones."""
     import datasets
     import transformers
 
     parts = [raw._fingerprint, len(raw), transformers.__version__, record]
     key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
-    path = Path(datasets.config.HF_DATASETS_CACHE) / "hf_dflop" / f"{key}.npz"
-    caches = datasets.is_caching_enabled()
-    if caches and path.exists():
-        with np.load(path, allow_pickle=False) as file:
-            if "reasons" in file and int(file["verified"]) >= min(policy.verify, len(raw)):
-                logger.info("shape columns read from %s", path)
-                reasons = dict(zip(file["bad_rows"].tolist(), file["reasons"].tolist(), strict=True))
-                return Shapes.from_columns({column: file[column] for column in SHAPE_COLUMNS}), reasons
+    path = counts_folder() / f"{key}.arrow"
+    verified = min(policy.verify, len(raw))
+    if datasets.is_caching_enabled() and path.exists():
+        table, kept = read_counts(path)
+        if kept["verified"] >= verified:
+            logger.info("shape columns read from %s", path)
+            return table, Shapes.from_table(table), dict(kept["reasons"])
     counter = TokenCounter(policy.processor, policy.config)
     annotator = Annotator(counter, layout, policy.labels, policy.max_length, raises=policy.on_error == "raise")
     damaged = verify_rows(raw, annotator, policy)
-    columns, reasons = _in_chunks(raw, annotator, policy, key, path.with_suffix(".parts") if caches else None)
-    reasons = {**damaged, **reasons}
-    for values in columns.values():
-        values[list(damaged)] = 0
-    shapes = Shapes.from_columns(columns)
-    if caches:
-        verified = {"verified": np.int64(min(policy.verify, len(raw)))}
-        _write(path, {**verified, **_reason_arrays(reasons), **shapes.to_columns()})
-        shutil.rmtree(path.with_suffix(".parts"), ignore_errors=True)
-    return shapes, reasons
+    with staged_counts(len(raw)) as columns:
+        reasons = damaged | _in_chunks(raw, annotator, policy, key, columns)
+        for values in columns.values():
+            values[list(damaged)] = 0
+        write_counts(path, columns, {"verified": verified, "reasons": list(reasons.items())})
+    shutil.rmtree(_parts(key), ignore_errors=True)
+    table, _ = read_counts(path)
+    return table, Shapes.from_table(table), reasons
+
+
+def _parts(key: str) -> Path:
+    """Where chunks lie until all are counted."""
+    return counts_folder() / f"{key}.parts"
 
 
 def _in_chunks(
-    raw: Any, annotator: Annotator, policy: Policy, key: str, folder: Path | None
-) -> tuple[dict[str, np.ndarray], dict[int, str]]:
-    """Columns of all rows and reasons of bad ones; chunks that lie in `folder` are read, the others written there."""
-    columns = {name: np.zeros(len(raw), dtype=np.int64) for name in SHAPE_COLUMNS}
+    raw: Any, annotator: Annotator, policy: Policy, key: str, columns: Mapping[str, np.ndarray]
+) -> dict[int, str]:
+    """Fill the columns of all rows, and give the reasons of bad ones; chunks that were written are read."""
+    folder = _parts(key)
     reasons: dict[int, str] = {}
     missing = []
     for start in range(0, len(raw), CHUNK_ROWS):
-        if folder is None or not (folder / f"{start}.npz").exists():
+        if not (folder / f"{start}.arrow").exists():
             missing.append(start)
             continue
-        with np.load(folder / f"{start}.npz", allow_pickle=False) as file:
-            for name, values in columns.items():
-                values[start : start + CHUNK_ROWS] = file[name]
-            reasons |= dict(zip(file["bad_rows"].tolist(), file["reasons"].tolist(), strict=True))
+        chunk, kept = read_counts(folder / f"{start}.arrow")
+        for name, values in columns.items():
+            values[start : start + CHUNK_ROWS] = chunk.column(name).to_numpy()
+        reasons |= dict(kept["reasons"])
     if reasons and annotator.raises:
         raise DatasetError(reasons[min(reasons)])
     num_chunks = max(1, policy.num_proc or 1)  # so that starting workers is worth it
@@ -121,9 +128,9 @@ def _in_chunks(
             for name, values in chunk.items():
                 columns[name][start:end] = values
             reasons |= here
-            if folder is not None and len(raw) > CHUNK_ROWS:
-                _write(folder / f"{start}.npz", {**_reason_arrays(here), **chunk})
-    return columns, reasons
+            if len(raw) > CHUNK_ROWS:
+                write_counts(folder / f"{start}.arrow", chunk, {"reasons": list(here.items())})
+    return reasons
 
 
 def _count(
@@ -149,9 +156,9 @@ def _count(
         new_fingerprint=f"{key}{indices[0]}",
         desc="Counting tokens",
     )
-    bad = reasons_of(counted.with_format(None)[ERROR_COLUMN][:])
-    columns = counted.with_format("numpy", columns=list(features))[:]
-    return {name: np.asarray(v) for name, v in columns.items()}, {int(indices[i]): r for i, r in bad.items()}
+    table = counted.with_format("arrow")[:]
+    bad = reasons_of(table.column(ERROR_COLUMN).to_pylist())
+    return {name: table.column(name).to_numpy() for name in features}, {int(indices[i]): r for i, r in bad.items()}
 
 
 class _Numbered:
@@ -163,21 +170,6 @@ class _Numbered:
 
     def __call__(self, table: Any, positions: list[int]) -> dict[str, list[Any]]:
         return self.annotator(table, self.indices[positions].tolist())
-
-
-def _reason_arrays(reasons: Mapping[int, str]) -> dict[str, np.ndarray]:
-    return {
-        "bad_rows": np.fromiter(reasons, dtype=np.int64, count=len(reasons)),
-        "reasons": np.array(list(reasons.values()), dtype=np.str_),
-    }
-
-
-def _write(path: Path, arrays: Mapping[str, Any]) -> None:
-    """Write beside the place first, so that no other process reads a half-written file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.stem}.{os.getpid()}.npz")
-    np.savez_compressed(unfinished, **arrays)
-    unfinished.replace(path)
 
 
 def verify_rows(raw: Any, annotator: Annotator, policy: Policy) -> dict[int, str]:

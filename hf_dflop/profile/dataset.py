@@ -152,6 +152,8 @@ def _profile_split(data: Any, policy: Policy, split: str | None) -> tuple[Any, D
 
 
 def _profile_rows(data: Any, policy: Policy, source: dict[str, Any]) -> tuple[Any, DatasetProfile]:
+    from datasets.table import InMemoryTable
+
     if not len(data):
         raise DatasetError("the dataset has no rows")
     picked: Any = None
@@ -173,21 +175,22 @@ def _profile_rows(data: Any, policy: Policy, source: dict[str, Any]) -> tuple[An
     raw = without_decoding(data)
     found = find_layout(raw, policy)
     record = record_of(policy, found)
+    counts: Any
     if annotation_of(data) == record:
-        plain = data.with_format(None)
         shapes = Shapes.of_dataset(data)
-        reasons = reasons_of(plain[ERROR_COLUMN][:]) if ERROR_COLUMN in data.column_names else {}
-        raise_first(reasons, len(data), policy.on_error)
-        annotated = data if (ERROR_COLUMN in data.column_names) == (policy.on_error == "mark") else None
+        has_reasons = ERROR_COLUMN in data.column_names
+        reasons = reasons_of(data.with_format(None)[ERROR_COLUMN][:]) if has_reasons else {}
+        kept = has_reasons == (policy.on_error == "mark")
+        counts = None if kept else InMemoryTable.from_pydict(shapes.to_columns())
     else:
-        shapes, reasons = cached_counts(raw, policy, found, record)
-        raise_first(reasons, len(data), policy.on_error)
-        annotated = None
-    if annotated is None:
-        annotated = join_columns(data, shapes, record, reasons if policy.on_error == "mark" else None)
+        counts, shapes, reasons = cached_counts(raw, policy, found, record)
+    raise_first(reasons, len(data), policy.on_error)
+    annotated = data
+    if counts is not None:
+        annotated = join_columns(data, counts, record, reasons if policy.on_error == "mark" else None)
     names, subset = find_subsets(raw)
-    usable = np.setdiff1d(np.arange(len(data)), np.fromiter(reasons, dtype=np.int64, count=len(reasons)))
     if reasons and policy.on_error == "skip":
+        usable = np.setdiff1d(np.arange(len(data)), np.fromiter(reasons, dtype=np.int64, count=len(reasons)))
         annotated, shapes = annotated.select(usable), shapes.select(usable)
         subset = None if subset is None else subset[usable]
     profile = DatasetProfile.from_shapes(

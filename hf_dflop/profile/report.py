@@ -7,7 +7,7 @@ global batches from them.
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import numpy.typing as npt
 from hf_dflop.cost import ModelSpec
 from hf_dflop.errors import DatasetError
 from hf_dflop.profile.bad_rows import RowError
+from hf_dflop.profile.distinct import distinct, quantiles
 from hf_dflop.shapes import SHAPE_COLUMNS, Shapes
 
 __all__ = ["DatasetProfile"]
@@ -75,7 +76,7 @@ class DatasetProfile:
             shapes (`Shapes`): counts of every sample.
             provenance (`dict`, *optional*): where they come from.
             errors (`Sequence[RowError]`): rows that are not usable.
-            unusable (`Sequence[int]`): samples of `shapes` that are such rows; they are left out of the quantiles.
+            unusable (`Sequence[int]`): samples of `shapes` that are such rows; they are left out.
             spec (`ModelSpec`, *optional*): structure of the model.
             subset_names (`Sequence[str]`), subset (`(num_samples,)` of int64): sub-dataset of each sample.
 
@@ -84,14 +85,13 @@ class DatasetProfile:
         """
         if not len(shapes):
             raise DatasetError("there are no samples to profile")
-        columns = {field.name: getattr(shapes, field.name) for field in fields(Shapes)}
-        columns["llm_tokens"] = shapes.llm_tokens
+        found = distinct(shapes, unusable)
         return cls(
             num_samples=len(shapes),
-            totals={name: int(values.sum()) for name, values in columns.items()},
+            totals={name: int(values @ times) for name, (values, times) in found.items()},
             quantiles={
-                name: {str(q): float(v) for q, v in zip(QUANTILES, np.quantile(values, QUANTILES), strict=True)}
-                for name, values in ((name, np.delete(values, list(unusable))) for name, values in columns.items())
+                name: {str(q): value for q, value in zip(QUANTILES, quantiles(*each, QUANTILES), strict=True)}
+                for name, each in found.items()
             },
             provenance=dict(provenance or {}),
             shapes=shapes,

@@ -217,7 +217,8 @@ def read_row(row: Mapping[str, Any], layout: Layout, *, index: int | None = None
             turn["content"] = [{"type": "video"} if p["type"] == "image" else p for p in turn["content"]]
         kinds = ["video" if kind == "image" else kind for kind in kinds]
     cells = {"image": images, "video": videos, "audio": audios}
-    for kind, given_cells in cells.items():
+    has_media = images or videos or audios or kinds.count("text") < len(kinds)
+    for kind, given_cells in cells.items() if has_media else ():
         placed = kinds.count(kind)
         if not given_cells and inline[kind] and len(inline[kind]) == placed:
             cells[kind] = given_cells = inline[kind]
@@ -273,8 +274,10 @@ def _normalise(
             if cell is not None:
                 inline[part["type"]].append(cell)
             parts.append(part)
-        extra = {k: v for k, v in turn.items() if k not in ("role", "content") and v is not None}
-        messages.append({"role": role, "content": parts, **extra})
+        message: dict[str, Any] = {"role": role, "content": parts}
+        if len(turn) > 2:
+            message |= {k: v for k, v in turn.items() if k not in message and v is not None}
+        messages.append(message)
     if all(part["type"] == "text" for turn in messages for part in turn["content"]):
         for turn in messages:
             turn["content"] = [piece for part in turn["content"] for piece in _split(part["text"], marked)]
@@ -322,6 +325,8 @@ def _markers(kinds: tuple[str, ...]) -> re.Pattern[str]:
 
 def _split(text: str, marked: Sequence[str]) -> list[dict[str, Any]]:
     """Text with its markers taken out, each a part of its own; of a row without videos, `<video>` is text."""
+    if "<" not in text:
+        return [{"type": "text", "text": text}] if text else []
     pieces: list[dict[str, Any]] = []
     for position, piece in enumerate(_markers(tuple(marked)).split(text)):
         if position % 2:

@@ -1,5 +1,6 @@
 """`profile_dataset` from end to end, on small datasets with tiny processors."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -240,7 +241,54 @@ def test_a_mismatch_names_the_row_and_writes_nothing(monkeypatch: pytest.MonkeyP
         ShapeMismatchError, match=r"row 1: column dflop_image_tokens was computed as (\d+), but .* \d+"
     ):
         profile_dataset(data, processor)
-    assert not list(own_cache.rglob("*.npz"))
+    assert not list((own_cache / "hf_dflop").glob("*"))
+
+
+def test_columns_of_mapped_rows_are_mapped(tmp_path: Path, own_cache: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    make().to_parquet(path)
+    expected, _ = profile_dataset(make(), tiny.llava())
+    assert not expected.cache_files  # rows in memory, and what map() makes of them is kept nowhere
+    rows = datasets.load_dataset("parquet", data_files=str(path), split="train", cache_dir=str(tmp_path / "cache"))
+    picked = [3, 20, 3, 7]
+    for data, order in (
+        (rows, range(len(rows))),
+        (rows.select(range(4, 9)), range(4, 9)),
+        (rows.select(picked), picked),
+    ):
+        for _ in range(2):  # counted, and read
+            annotated, profile = profile_dataset(data, tiny.llava())
+            assert len(annotated.cache_files) == 2
+            for name, values in profile.shapes.to_columns().items():
+                assert not values.flags.owndata
+                assert not values.flags.writeable
+                assert values.tolist() == annotated[name][:] == expected.select(order)[name][:]
+
+
+def test_without_caching_nothing_stays(own_cache: Path) -> None:
+    datasets.disable_caching()
+    try:
+        annotated, profile = profile_dataset(make(), tiny.llava())
+    finally:
+        datasets.enable_caching()
+    assert sum(annotated["dflop_text_tokens"][:]) == profile.totals["text_tokens"]
+    assert not (own_cache / "hf_dflop").exists()
+
+
+def test_quantiles_are_those_of_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hf_dflop.profile import distinct
+
+    monkeypatch.setattr(distinct, "_ROWS", 7)
+    rng = np.random.default_rng(0)
+    counts = {field.name: rng.integers(0, 9, 40) for field in dataclasses.fields(Shapes)}
+    counts["image_patches_sq"] = rng.integers(0, 2**50, 40)
+    shapes = Shapes(**counts)
+    left_out = [0, 6, 7, 22, 39]
+    profile = DatasetProfile.from_shapes(shapes, unusable=left_out)
+    for name, found in profile.quantiles.items():
+        kept = np.delete(getattr(shapes, name), left_out)
+        np.testing.assert_allclose(list(found.values()), np.quantile(kept, [float(q) for q in found]), rtol=1e-15)
+        assert profile.totals[name] == kept.sum()
 
 
 def test_formats_and_transforms_are_kept() -> None:
