@@ -26,7 +26,7 @@ _KEPT = b"hf_dflop"
 
 
 def counts_folder() -> Path:
-    """Where counts lie: in the cache of `datasets`; with its caching off, where they are gone when the process ends."""
+    """Where counts lie: in the cache of `datasets`; with its caching off, where they end with the process."""
     import datasets
 
     if datasets.is_caching_enabled():
