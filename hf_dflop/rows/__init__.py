@@ -1,6 +1,7 @@
 """From a dataset row to what the processor gets, and to the labels of its tokens.
 
     layout.py   columns of a dataset → `Row` (messages with content parts, image cells, video cells)
+    turns.py    turns as written → turns with content parts
     images.py   image cell → size from its header, or the decoded picture
     videos.py   video cell → length and size from its header, or the frames that are asked for
     video_run.py a processor run on a video that has a length and a size, but no pixels

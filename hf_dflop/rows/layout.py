@@ -17,14 +17,13 @@ first user turn. A row of videos alone may mark them with `<video>` or with `<im
 """
 
 import difflib
-import functools
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hf_dflop.errors import DatasetError
 from hf_dflop.rows.audio import audio_cells
+from hf_dflop.rows.turns import list_of_dicts, normalise
 from hf_dflop.rows.videos import video_cells
 from hf_dflop.shapes import COLUMN_PREFIX
 
@@ -46,19 +45,6 @@ _VIDEO_COLUMNS = ("videos", "video")
 _AUDIO_COLUMNS = ("audios", "audio")
 _AUDIO_ENDINGS = ("wav", "flac", "mp3", "ogg", "opus")
 """Columns of an archive whose members are rows (WebDataset)."""
-_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "model": "assistant",
-    "bot": "assistant",
-    "chatgpt": "assistant",
-    "system": "system",
-    "developer": "system",
-    "tool": "tool",
-}
-_KINDS = ("image", "video", "audio")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -208,7 +194,7 @@ def read_row(row: Mapping[str, Any], layout: Layout, *, index: int | None = None
         videos = video_cells(row.get(layout.video_column)) if layout.video_column else []
         audios = audio_cells(row.get(layout.audio_column)) if layout.audio_column else []
     marked = ["image", *(["video"] if videos else []), *(["audio"] if audios else [])]
-    messages, inline = _normalise(turns, name, marked)
+    messages, inline = normalise(turns, name, marked)
     if not messages:
         raise DatasetError(f"{name}: has no text: its turns are empty or missing")
     kinds = [part["type"] for turn in messages for part in turn["content"]]
@@ -247,7 +233,7 @@ def _turns(row: Mapping[str, Any], layout: Layout, name: str) -> list[dict[str, 
         return [said] if "<image>" in text else [{"role": "user", "content": ""}, said]
     turns = []
     for column in layout.text_columns:
-        for turn in _list_of_dicts(row[column]):
+        for turn in list_of_dicts(row[column]):
             if layout.kind == "texts":
                 turns.append({"role": "user", "content": turn["user"]})
                 turns.append({"role": "assistant", "content": turn["assistant"]})
@@ -256,84 +242,6 @@ def _turns(row: Mapping[str, Any], layout: Layout, name: str) -> list[dict[str, 
             else:
                 turns.append(turn)
     return turns
-
-
-def _normalise(
-    turns: Iterable[Mapping[str, Any]], name: str, marked: Sequence[str]
-) -> tuple[list[dict[str, Any]], dict[str, list[Any]]]:
-    """Turns with content parts, and the image, video and audio cells that were written inside the parts."""
-    messages: list[dict[str, Any]] = []
-    inline: dict[str, list[Any]] = {kind: [] for kind in _KINDS}
-    for turn in turns:
-        role = _ROLES.get(str(turn.get("role", "")).lower())
-        if role is None:
-            raise DatasetError(f"{name}: unknown role {turn.get('role')!r}; expected one of {sorted(_ROLES)}")
-        parts = []
-        for part in _parts(turn.get("content"), name):
-            cell = part.pop("cell", None)
-            if cell is not None:
-                inline[part["type"]].append(cell)
-            parts.append(part)
-        message: dict[str, Any] = {"role": role, "content": parts}
-        if len(turn) > 2:
-            message |= {k: v for k, v in turn.items() if k not in message and v is not None}
-        messages.append(message)
-    if all(part["type"] == "text" for turn in messages for part in turn["content"]):
-        for turn in messages:
-            turn["content"] = [piece for part in turn["content"] for piece in _split(part["text"], marked)]
-    return messages, inline
-
-
-def _parts(content: Any, name: str) -> list[dict[str, Any]]:
-    if content is None:
-        return []
-    if isinstance(content, str):
-        return [{"type": "text", "text": content}] if content else []
-    parts: list[dict[str, Any]] = []
-    for part in _list_of_dicts(content):
-        if isinstance(part, str):
-            parts.append({"type": "text", "text": part})
-            continue
-        kind = part.get("type")
-        if kind == "text":
-            if part.get("text"):
-                parts.append({"type": "text", "text": part["text"]})
-        elif isinstance(kind, str) and kind.removesuffix("_url") in _KINDS:
-            kind = kind.removesuffix("_url")
-            keys = (kind, "path", "url", f"{kind}_url")
-            cell = next((part[k] for k in keys if part.get(k) is not None), None)
-            if isinstance(cell, Mapping) and "url" in cell:
-                cell = cell["url"]
-            asked = [k for k, v in part.items() if v is not None and k not in ("type", "text", *_KINDS, *keys)]
-            if kind == "video" and asked:
-                raise DatasetError(
-                    f"{name}: a video part asks for {asked[0]}={part[asked[0]]!r} of its own, which processors do not "
-                    "read; set it on processor.video_processor"
-                )
-            parts.append({"type": kind, "cell": cell})
-        else:
-            raise DatasetError(
-                f"{name}: content part of type {kind!r}; only text, image, video and audio parts are understood"
-            )
-    return parts
-
-
-@functools.cache
-def _markers(kinds: tuple[str, ...]) -> re.Pattern[str]:
-    return re.compile(rf"\n?<({'|'.join(kinds)})>\n?")
-
-
-def _split(text: str, marked: Sequence[str]) -> list[dict[str, Any]]:
-    """Text with its markers taken out, each a part of its own; of a row without videos, `<video>` is text."""
-    if "<" not in text:
-        return [{"type": "text", "text": text}] if text else []
-    pieces: list[dict[str, Any]] = []
-    for position, piece in enumerate(_markers(tuple(marked)).split(text)):
-        if position % 2:
-            pieces.append({"type": piece})
-        elif piece:
-            pieces.append({"type": "text", "text": piece})
-    return pieces
 
 
 def _find_image_column(
@@ -401,13 +309,6 @@ def _turn_keys(value: Any, feature: Any) -> set[str]:
         return set(value) if all(isinstance(items, list | tuple) for items in value.values()) else set()
     items = value if isinstance(value, list | tuple) else []
     return set(items[0]) if items and isinstance(items[0], Mapping) else set()
-
-
-def _list_of_dicts(value: Any) -> list[Any]:
-    """Items of a list column; datasets write a sequence of structs as a struct of lists in older files."""
-    if isinstance(value, Mapping):
-        return [dict(zip(value, items, strict=True)) for items in zip(*value.values(), strict=True)]
-    return list(value or [])
 
 
 def _first_text(value: Any, name: str, column: str) -> str:
