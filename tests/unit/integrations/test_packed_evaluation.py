@@ -1,5 +1,6 @@
 """Packed training under a stock Trainer: evaluations pad, dummy images and adapters fit in."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 from peft import LoraConfig, get_peft_model
 
 from hf_dflop import DflopCallback, PackedCollator
+from hf_dflop.errors import TrainerError
 from hf_dflop.integrations.checks import adds_dummy_images
 from tests.distributed import tiny
 from tests.distributed.harness import train
@@ -68,6 +70,10 @@ def test_the_dummy_of_a_packed_row_is_seen() -> None:
         assert adds_dummy_images(Loader(collate), shapes, tiny.IMAGE_TOKEN) == tiny.PATCHES + 1
     assert adds_dummy_images(Loader(tiny.Collate()), shapes, tiny.IMAGE_TOKEN) == 0
     assert (PackedCollator(padding, tiny.model())([dataset[bare]])["labels"][0, -5:] == -100).all()
+    heard = replace(shapes, num_audios=np.arange(len(shapes)) % 2)
+    assert adds_dummy_images(Loader(tiny.Collate()), heard, tiny.IMAGE_TOKEN) == 0
+    with pytest.raises(TrainerError, match="a dummy would not be told from a step without images.*dummy_image=False"):
+        adds_dummy_images(Loader(padding), heard, tiny.IMAGE_TOKEN)
 
 
 def test_packed_rows_with_dummies_under_adapters_train() -> None:
