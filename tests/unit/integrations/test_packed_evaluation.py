@@ -72,7 +72,7 @@ def test_the_dummy_of_a_packed_row_is_seen() -> None:
     assert (PackedCollator(padding, tiny.model())([dataset[bare]])["labels"][0, -5:] == -100).all()
     heard = replace(shapes, num_audios=np.arange(len(shapes)) % 2)
     assert adds_dummy_images(Loader(tiny.Collate()), heard, tiny.IMAGE_TOKEN) == 0
-    with pytest.raises(TrainerError, match="a dummy would not be told from a step without images.*dummy_image=False"):
+    with pytest.raises(TrainerError, match=r"a dummy would not be told from a step without images.*dummy_image=False"):
         adds_dummy_images(Loader(padding), heard, tiny.IMAGE_TOKEN)
 
 
