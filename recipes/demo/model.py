@@ -59,7 +59,7 @@ class DemoModelConfig:
     """How much of the real weights is kept, and how pictures are cut."""
 
     vision_layers: int = 3
-    """Of the encoder's 12 layers: an encoder that takes about a seventh of a step, as towers before LLMs of billions do."""
+    """Of the encoder's 12 layers: an eighth of the seconds of a document are then the encoder's."""
     llm_layers: int = 2
     """Of the LLM's 30 layers."""
     vocab_size: int | None = None

@@ -13,7 +13,7 @@ from rich.table import Table
 from hf_dflop.cost import CostModel
 from hf_dflop.shapes import Shapes
 from recipes.demo import figures
-from recipes.demo.results import ArmSummary, Runs, load_runs, spread, summarize
+from recipes.demo.results import ArmSummary, Runs, load_runs, percent, spread, summarize
 from recipes.demo.settings import OWN_ARMS
 
 __all__ = ["print_table", "write_report"]
@@ -27,13 +27,12 @@ def print_table(summaries: list[ArmSummary], console: Console | None = None) -> 
     for name in ("sampler", "samples/s", "÷ stock", "packed ÷ this", "waiting", "wall ÷ compute", "padding", "GiB"):
         table.add_column(name, justify="left" if name == "sampler" else "right", no_wrap=True)
     for summary in summaries:
-        waiting = f"{100 * min(summary.idle_fraction):.1f}–{max(summary.idle_fraction):.1%}"
         table.add_row(
             figures.NAMES.get(summary.arm, summary.arm),
             spread(summary.samples_per_s),
             summary.spread,
             spread(summary.ratio_of_packed),
-            waiting,
+            percent(summary.idle_fraction),
             spread(summary.wall_to_compute),
             f"{summary.padding_share:.0%}",
             f"{summary.peak_memory_gib:.1f}",
@@ -78,6 +77,7 @@ def write_report(
         summaries=summaries,
         names=figures.NAMES,
         spread=spread,
+        percent=percent,
         by_arm={summary.arm: summary for summary in summaries},
         comparison=comparison,
         evaluation=runs["balanced"][0]["evaluation"],

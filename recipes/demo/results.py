@@ -8,7 +8,7 @@ from typing import Any
 
 from recipes.demo.settings import ARMS, OWN_ARMS
 
-__all__ = ["ArmSummary", "load_runs", "summarize"]
+__all__ = ["ArmSummary", "load_runs", "percent", "spread", "summarize"]
 
 Runs = dict[str, list[dict[str, Any]]]
 """For every arm, its runs by round."""
@@ -39,9 +39,14 @@ class ArmSummary:
         return spread(self.ratio_to_stock)
 
 
-def spread(values: list[float]) -> str:
+def spread(values: list[float], digits: int = 2) -> str:
     """`median (min–max)`."""
-    return f"{median(values):.2f} ({min(values):.2f}–{max(values):.2f})"
+    return f"{median(values):.{digits}f} ({min(values):.{digits}f}–{max(values):.{digits}f})"
+
+
+def percent(shares: list[float]) -> str:
+    """`median (min–max) %`."""
+    return f"{spread([100 * share for share in shares], 1)} %"
 
 
 def load_runs(folder: Path) -> Runs:
