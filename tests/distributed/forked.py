@@ -7,6 +7,7 @@ The environment of a rank is torchrun's. When one rank fails, the others are end
 (into caches), and what it imports, is there once for all of its ranks: they are forked from a process that has it.
 """
 
+import gc
 import importlib
 import json
 import os
@@ -66,6 +67,7 @@ def prepare(module: str, arguments: list[str]) -> None:
     if hasattr(imported, "prepare"):
         imported.prepare()
     del sys.modules[module]
+    gc.freeze()
 
 
 def run_ranks(module: str, arguments: list[str], num_processes: int) -> int:
@@ -126,6 +128,7 @@ def main() -> None:
     with FileLock(Path(tempfile.gettempdir()) / f"hf_dflop-{os.getuid()}-compiling.lock"):  # the others find it done
         for padded in (True, False):
             warm_up(objective="step", padded=padded)
+    gc.freeze()  # Trainer collects garbage whenever it trains: what all libraries made would be gone through each time
     for line in sys.stdin:
         child = os.fork()
         if child == 0:
