@@ -24,6 +24,7 @@ import torch
 from filelock import FileLock
 
 from hf_dflop.balance.warmup import warm_up
+from tests.distributed import tiny
 
 # What the scripts import. Nothing here may start threads: a fork takes only the calling one along.
 _LIBRARIES = [
@@ -128,6 +129,8 @@ def main() -> None:
     with FileLock(Path(tempfile.gettempdir()) / f"hf_dflop-{os.getuid()}-compiling.lock"):  # the others find it done
         for padded in (True, False):
             warm_up(objective="step", padded=padded)
+    with tempfile.TemporaryDirectory() as folder:  # transformers reads its table of renamed weights at the first time
+        tiny.model().save_pretrained(folder)
     gc.freeze()  # Trainer collects garbage whenever it trains: what all libraries made would be gone through each time
     for line in sys.stdin:
         child = os.fork()
