@@ -7,6 +7,7 @@ The environment of a rank is torchrun's. When one rank fails, the others are end
 (into caches), and what it imports, is there once for all of its ranks: they are forked from a process that has it.
 """
 
+import gc
 import importlib
 import json
 import os
@@ -23,6 +24,7 @@ import torch
 from filelock import FileLock
 
 from hf_dflop.balance.warmup import warm_up
+from tests.distributed import tiny
 
 # What the scripts import. Nothing here may start threads: a fork takes only the calling one along.
 _LIBRARIES = [
@@ -51,6 +53,8 @@ def run_module(module: str, arguments: list[str]) -> None:
         status = 0
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
     except BaseException:
         traceback.print_exc()
     finally:
@@ -66,6 +70,7 @@ def prepare(module: str, arguments: list[str]) -> None:
     if hasattr(imported, "prepare"):
         imported.prepare()
     del sys.modules[module]
+    gc.freeze()
 
 
 def run_ranks(module: str, arguments: list[str], num_processes: int) -> int:
@@ -126,6 +131,9 @@ def main() -> None:
     with FileLock(Path(tempfile.gettempdir()) / f"hf_dflop-{os.getuid()}-compiling.lock"):  # the others find it done
         for padded in (True, False):
             warm_up(objective="step", padded=padded)
+    with tempfile.TemporaryDirectory() as folder:  # transformers reads its table of renamed weights at the first time
+        tiny.model().save_pretrained(folder)
+    gc.freeze()  # Trainer collects garbage whenever it trains: what all libraries made would be gone through each time
     for line in sys.stdin:
         child = os.fork()
         if child == 0:

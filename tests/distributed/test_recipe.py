@@ -12,7 +12,7 @@ import pytest
 import yaml
 from datasets import Dataset, Image, List, load_from_disk
 
-from tests.distributed.launch import PYTHONPATH, ROOT
+from tests.distributed.launch import PYTHONPATH, ROOT, launch
 from tests.unit.profile.hub import hub, hub_environment
 
 pytestmark = pytest.mark.distributed
@@ -104,13 +104,9 @@ def test_the_shipped_config_trains_on_two_processes_what_the_hub_has(
 
 def test_it_refuses_to_run_on_fewer_processes_than_expected(ingredients: tuple[str, str], tmp_path: Path) -> None:
     model, data = ingredients
-    command = [sys.executable, "recipes/finetune_vlm.py", "--model", model, "--dataset", data, "--use_cpu"]
-    finished = subprocess.run(
-        [*command, "--expect_processes", "2", "--output_dir", str(tmp_path)], cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": PYTHONPATH}, capture_output=True, text=True, timeout=100, check=False,
-    )  # fmt: skip
-    assert finished.returncode != 0
-    assert "--expect_processes 2, but 1 started" in finished.stderr
+    arguments = ["--model", model, "--dataset", data, "--use_cpu", "--expect_processes", "2", "--output_dir"]
+    with pytest.raises(AssertionError, match=r"failed:\n(?s:.*)--expect_processes 2, but 1 started"):
+        launch("recipes.finetune_vlm", *arguments, str(tmp_path), num_processes=0)
     assert not list(tmp_path.iterdir())
 
 

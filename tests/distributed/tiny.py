@@ -1,5 +1,7 @@
 """A tiny LLaVA built from its config, and rows of very different cost for it. Used by the launched scripts."""
 
+import copy
+import functools
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,17 @@ VOCAB = 64
 
 
 def model(dtype: torch.dtype = torch.float32, *, freeze_vision: bool = False) -> Any:
+    """With the same weights each time, and the same random numbers to come."""
+    torch.manual_seed(0)
+    built = copy.deepcopy(_built()).to(dtype)
+    if freeze_vision:
+        for parameter in built.model.vision_tower.parameters():
+            parameter.requires_grad_(False)
+    return built
+
+
+@functools.cache
+def _built() -> Any:
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     torch.manual_seed(0)
@@ -29,11 +42,7 @@ def model(dtype: torch.dtype = torch.float32, *, freeze_vision: bool = False) ->
         image_token_id=IMAGE_TOKEN, vision_feature_layer=-1, vision_feature_select_strategy="default",
         image_seq_length=PATCHES, attn_implementation="sdpa",
     )  # fmt: skip
-    built = LlavaForConditionalGeneration(config).to(dtype)
-    if freeze_vision:
-        for parameter in built.model.vision_tower.parameters():
-            parameter.requires_grad_(False)
-    return built
+    return LlavaForConditionalGeneration(config)
 
 
 def rows(count: int, seed: int = 0, *, text_only: bool = True) -> tuple[Dataset, Shapes]:

@@ -2,10 +2,11 @@
 
 `ddp FILE` trains under DDP and saves what the stock runs end with, then a model that transformers sharded when it was
 loaded; `fsdp FILE` trains under FSDP2 through accelerate. Both compare with the stock DDP runs. The rows without an
-image, on which a stock FSDP run breaks off, get a dummy image there. With `all` after FILE, every combination is
-trained; without, as many as have every two conditions (accumulation, packing, LoRA, kind) together at least once.
+image, on which a stock FSDP run breaks off, get a dummy image there. Without every case, as many combinations are
+trained as have, under each of the two, every two of accumulation, packing and LoRA together at least once.
 """
 
+import itertools
 import os
 import sys
 from typing import Any
@@ -17,18 +18,25 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hf_dflop import DflopCallback, PackedCollator
 from tests.distributed import tiny
+from tests.distributed.every_case import EVERY_CASE
 from tests.distributed.harness import NotingTrainer, parameters, relative_difference, train
 from tests.distributed.sharding import FSDP_ARGUMENTS, assert_sharded, let_cpus_shard
 
 WORLD = int(os.environ["EXPECTED_WORLD_SIZE"])
 STEPS = 24
 SHARDED = sys.argv[1] == "fsdp"
-ALL = sys.argv[3:] == ["all"]
-SINGLE, DOUBLE = 1e-5, 1e-12
-SLOTS = {1: 8, 4: 2}
-"""Microbatches of a step, and samples in each: 16 samples a step, on two ranks."""
-ADAMW = {"optim": "adamw_torch", "learning_rate": 2e-3}
+TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-12}
+SLOTS = {1: 9, 3: 3}
+"""Microbatches of a step, and samples in each: 18 samples a step, on two ranks."""
+ADAMW = {"optim": "adamw_torch_fused", "learning_rate": 2e-3}
 SGD = {"optim": "sgd", "optim_args": "momentum=0.9", "learning_rate": 0.5}
+CASES = [
+    (1, True, False, torch.float64), (3, True, True, torch.float64), (1, False, True, torch.float32),
+    (3, True, False, torch.float32), (3, False, False, torch.float32),
+]  # fmt: skip
+"""Microbatches, packed, LoRA, precision."""
+if EVERY_CASE:
+    CASES = list(dict.fromkeys([*CASES, *itertools.product(SLOTS, (True, False), (False, True), [torch.float64])]))
 Final = dict[str, torch.Tensor]
 
 
@@ -83,11 +91,15 @@ def run(
 
 
 def check(name: str, found: tuple[Final, NotingTrainer], stock: tuple[Final, NotingTrainer], tolerance: float) -> None:
-    difference = relative_difference(found[0], stock[0])
-    print(f"equal_runs {sys.argv[1]} {name}: {difference:.1e}")
-    assert difference <= tolerance, (name, difference)
+    against_stock(name, found[0], stock[0], tolerance)
     assert found[1].samples_of_steps() == stock[1].samples_of_steps(), name
     assert found[1].noted != stock[1].noted, f"{name}: balancing did nothing, so nothing was tested"
+
+
+def against_stock(name: str, final: Final, stock: Final, tolerance: float) -> None:
+    difference = relative_difference(final, stock)
+    print(f"equal_runs {name}: {difference:.1e}")
+    assert difference <= tolerance, (name, difference)
 
 
 def moved(final: Final, dtype: torch.dtype = torch.float32, *, lora: bool = False) -> float:
@@ -97,51 +109,34 @@ def moved(final: Final, dtype: torch.dtype = torch.float32, *, lora: bool = Fals
 
 def under_ddp(path: str) -> None:
     mixed, _ = tiny.rows(61)
-    saved = {}
-    for slots, lora, dtype in (
-        (4, False, torch.float32), (1, False, torch.float32), (4, True, torch.float32), (1, True, torch.float32),
-        (4, False, torch.float64), (4, True, torch.float64),
-    ):  # fmt: skip
-        single = dtype == torch.float32
-        if not ALL and lora and not single:
-            continue
+    saved: dict[Any, Final] = {}
+    for slots, lora, dtype in dict.fromkeys((slots, lora, dtype) for slots, _, lora, dtype in CASES):
         stock = run(mixed, slots=slots, balanced=False, lora=lora, dtype=dtype)
         assert moved(stock[0], dtype, lora=lora) > 0.01, moved(stock[0], dtype, lora=lora)
         saved[f"{slots} {lora} {dtype}"] = stock[0]
-        both = ALL or (slots == 4 and not lora and single)
-        for packed in (False, True) if both else (not (slots == 1 and lora),):
+        for packed in (packed for packed in (False, True) if (slots, packed, lora, dtype) in CASES):
             found = run(mixed, slots=slots, balanced=True, packed=packed, lora=lora, dtype=dtype)
-            check(f"slots={slots} packed={packed} lora={lora} {dtype}", found, stock, SINGLE if single else DOUBLE)
+            check(f"ddp slots={slots} packed={packed} lora={lora} {dtype}", found, stock, TOLERANCES[dtype])
     if PartialState().is_main_process:
         torch.save(saved, path)
-    final, _ = run(mixed, slots=4, balanced=True, packed=True, dummy=True, loaded=True)
-    against_stock("loaded slots=4 packed=True", final, saved["4 False torch.float32"], SINGLE)
+    final, _ = run(mixed, slots=3, balanced=True, packed=True, dummy=True, loaded=True)
+    against_stock("loaded slots=3 packed=True", final, saved["3 False torch.float32"], TOLERANCES[torch.float32])
 
 
 def under_fsdp(path: str) -> None:
     let_cpus_shard()
     saved = torch.load(path)
     pictures, _ = tiny.rows(61, text_only=False)
-    stock = run(pictures, slots=4, balanced=False)
+    stock = run(pictures, slots=3, balanced=False)
     assert moved(stock[0]) > 0.05
-    for packed in (False, True) if ALL else (False,):
-        check(f"slots=4 packed={packed}", run(pictures, slots=4, balanced=True, packed=packed), stock, SINGLE)
+    for packed in (False, True) if EVERY_CASE else (False,):
+        found = run(pictures, slots=3, balanced=True, packed=packed)
+        check(f"fsdp pictures slots=3 packed={packed}", found, stock, TOLERANCES[torch.float32])
     mixed, _ = tiny.rows(61)
-    for slots, packed, lora, dtype in (
-        (1, True, False, torch.float32), (4, False, False, torch.float32), (4, True, True, torch.float32),
-        (1, False, True, torch.float32), (4, True, False, torch.float64),
-    ):  # fmt: skip
-        if not ALL and not packed and not lora:
-            continue
+    for slots, packed, lora, dtype in CASES if EVERY_CASE else CASES[:3]:
         final, _ = run(mixed, slots=slots, balanced=True, packed=packed, lora=lora, dtype=dtype, dummy=True)
-        name = f"fsdp slots={slots} packed={packed} lora={lora} {dtype}"
-        against_stock(name, final, saved[f"{slots} {lora} {dtype}"], SINGLE if dtype == torch.float32 else DOUBLE)
-
-
-def against_stock(name: str, final: Final, stock: Final, tolerance: float) -> None:
-    difference = relative_difference(final, stock)
-    print(f"equal_runs {name}, against stock DDP: {difference:.1e}")
-    assert difference <= tolerance, (name, difference)
+        name = f"fsdp slots={slots} packed={packed} lora={lora} {dtype}, against stock DDP"
+        against_stock(name, final, saved[f"{slots} {lora} {dtype}"], TOLERANCES[dtype])
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 With `save FILE` it runs stock, in one process; with `compare FILE` balanced, in several, and compares.
 """
 
+import functools
 import os
 import sys
 import tempfile
@@ -38,6 +39,11 @@ CASES: dict[str, dict[str, Any]] = {
 
 COVERED = ("spread, checkpointing", "dummy, frozen tower")
 """Cases whose conditions come together in others; run with every case."""
+
+
+@functools.cache
+def annotated(with_images: float) -> Dataset:
+    return hf_dflop.profile_dataset(conversations(96, with_images=with_images), chat_processor(), verify=0)[0]
 
 
 def train(
@@ -86,9 +92,7 @@ if __name__ == "__main__":
             continue
         if mode == "compare" and case.get("ranks", 2) != WORLD:
             continue
-        dataset, _ = hf_dflop.profile_dataset(
-            conversations(96, with_images=case["with_images"]), chat_processor(), verify=0
-        )
+        dataset = annotated(case["with_images"])
         callback = hf_dflop.DflopCallback(dataset)
         found, norms, rows = train(dataset, case, [callback] if mode == "compare" else [])
         if mode == "save":

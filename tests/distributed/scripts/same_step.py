@@ -9,6 +9,7 @@ from accelerate import PartialState
 from hf_dflop import DflopCallback
 from hf_dflop.errors import TrainerError
 from tests.distributed import tiny
+from tests.distributed.every_case import EVERY_CASE
 from tests.distributed.harness import parameters, relative_difference, train
 
 WORLD = int(os.environ["EXPECTED_WORLD_SIZE"])
@@ -64,12 +65,14 @@ def check_that_a_bare_model_is_refused() -> None:
 if __name__ == "__main__":
     PartialState(cpu=True)
     check_that_a_bare_model_is_refused()
-    for dtype, optimizer, tolerance in (
-        (torch.float32, "sgd", 1e-6),
-        (torch.float32, "adamw", 1e-5),
-        (torch.float64, "sgd", 1e-13),  # rounding, and nothing else, is what differs in fp32
-        (torch.float64, "adamw", 1e-13),
+    for dtype, optimizer, tolerance, ranks in (
+        (torch.float32, "sgd", 1e-6, 1),
+        (torch.float32, "adamw", 1e-5, 2),
+        (torch.float64, "sgd", 1e-13, 2),  # rounding, and nothing else, is what differs in fp32
+        (torch.float64, "adamw", 1e-13, 1),
     ):
+        if ranks != WORLD and not EVERY_CASE:
+            continue
         difference, moved = compare(dtype, optimizer)
         print(f"same_step {dtype} {optimizer}: relative difference {difference:.1e}, moved {moved:.1e}")
         assert moved > 1e-2, moved
