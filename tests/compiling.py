@@ -13,7 +13,7 @@ __all__ = ["compile_all", "compiling"]
 
 
 def compiling() -> FileLock:
-    """Held by the process that compiles; the others find it done."""
+    """Held by the process that compiles, `tests.distributed.forked` too; the others find it done."""
     return FileLock(Path(tempfile.gettempdir()) / f"hf_dflop-{os.getuid()}-compiling.lock")
 
 
