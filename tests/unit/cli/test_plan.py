@@ -10,6 +10,7 @@ from hf_dflop.cli.app import app
 from hf_dflop.errors import PlanError
 from hf_dflop.plan.plan import Plan
 from tests.unit.plan.planning import mixture, small_spec
+from tests.unit.profile.undrawn import undrawn
 
 RUN = ["plan", "--global-batch-size", "16", "--gpus-per-node", "2", "--gpu", "A10-24GB"]
 
@@ -17,7 +18,8 @@ RUN = ["plan", "--global-batch-size", "16", "--gpus-per-node", "2", "--gpu", "A1
 @pytest.fixture(scope="module")
 def profile(tmp_path_factory):
     folder = tmp_path_factory.mktemp("profile")
-    DatasetProfile.from_shapes(mixture(0), spec=small_spec()).save(folder)
+    with undrawn():
+        DatasetProfile.from_shapes(mixture(0), spec=small_spec()).save(folder)
     return str(folder)
 
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
@@ -12,12 +13,19 @@ from hf_dflop.cli import main
 from hf_dflop.profile import DatasetProfile
 from tests.unit.profile.test_bad_rows import mixed
 from tests.unit.profile.test_dataset import make
+from tests.unit.profile.undrawn import undrawn
 from tests.unit.rows import tiny
 
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture
+def _undrawn() -> Iterator[None]:
+    with undrawn():
+        yield
 
 
 @pytest.fixture
@@ -65,6 +73,7 @@ def test_json_is_one_object_on_stdout(
     assert "Traceback" not in told.err
 
 
+@pytest.mark.usefixtures("_undrawn")
 def test_splits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], model: str
 ) -> None:
@@ -102,6 +111,7 @@ def test_mistakes_end_with_code_2_and_leave_nothing(
     assert run(monkeypatch, "profile", str(tmp_path / "data")) == 2
 
 
+@pytest.mark.usefixtures("_undrawn")
 def test_parts_and_merge(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], model: str
 ) -> None:
@@ -119,6 +129,7 @@ def test_parts_and_merge(
     assert "is not I/N" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("_undrawn")
 def test_each_launched_process_counts_its_part(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], model: str
 ) -> None:

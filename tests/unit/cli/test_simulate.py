@@ -10,12 +10,14 @@ import pytest
 from hf_dflop.cli import main
 from hf_dflop.profile import DatasetProfile
 from tests.unit.plan import example
+from tests.unit.profile.undrawn import undrawn
 
 
 @pytest.fixture(scope="module")
 def profile(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("data") / "profile"
-    DatasetProfile.from_shapes(example.shapes(), spec=example.spec()).save(path)
+    with undrawn():
+        DatasetProfile.from_shapes(example.shapes(), spec=example.spec()).save(path)
     return path
 
 

@@ -8,7 +8,7 @@ from hf_dflop.balance import assign
 from hf_dflop.data.dummies import Dummy, with_dummies, without_dummies
 from hf_dflop.data.joined_rows import priced_by_row, sample_costs
 from hf_dflop.data.step_plan import Caps
-from tests.unit.data.test_sampler_properties import COST, build, shapes_of
+from tests.unit.data.samplers import COST, build, shapes_of
 
 
 class Square:

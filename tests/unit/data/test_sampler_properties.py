@@ -6,48 +6,14 @@ import sys
 from itertools import chain
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_dflop.cost import CostModel, ModelSpec
-from hf_dflop.data.sampler import BalancedBatchSampler
 from hf_dflop.data.step_plan import stock_caps
 from hf_dflop.errors import BalanceError, DatasetError
 from hf_dflop.shapes import Shapes
-from tests.distributed import tiny
-
-COST = CostModel.analytic(ModelSpec.from_config(tiny.model().config))
-
-
-def shapes_of(num_samples: int, seed: int = 0) -> Shapes:
-    generator = np.random.default_rng(seed)
-    images = np.minimum(generator.geometric(0.4, num_samples) - 1, 12)
-    text = np.clip(generator.lognormal(3, 1.2, num_samples), 1, 2000).astype(np.int64)
-    return Shapes(
-        num_images=images, image_tiles=images, image_patches=4 * images, image_patches_sq=images * 16,
-        image_tokens=4 * images, text_tokens=text, label_tokens=text // 2,
-    )  # fmt: skip
-
-
-def build(shapes: Shapes, num_ranks: int, num_slots: int, size: int, rank: int = 0, **kwargs: Any) -> Any:
-    per_step = num_ranks * num_slots * size
-    num_steps = len(shapes) // per_step
-    order = [0]
-
-    def stock() -> list[list[list[int]]]:
-        """As accelerate deals a shuffled epoch: batch by batch, in turns; the order depends on the epoch alone."""
-        shuffled = np.random.default_rng(100 + order[0]).permutation(len(shapes))[: num_steps * per_step]
-        batches = shuffled.reshape(-1, num_ranks, size)
-        return [batches[:, r].tolist() for r in range(num_ranks)]
-
-    defaults: dict[str, Any] = {"objective": "step", "padded": False, "caps": stock_caps(shapes, size)}
-    return BalancedBatchSampler(
-        stock, shapes, COST, rank=rank, num_ranks=num_ranks, num_slots=num_slots, length=num_steps * num_slots,
-        samples_per_step=per_step, set_stock_epoch=lambda epoch: order.__setitem__(0, epoch), look_ahead_steps=0,
-        **(defaults | kwargs),
-    )  # fmt: skip
+from tests.unit.data.samplers import build, shapes_of
 
 
 def steps_of(per_rank: list[list[list[int]]], num_slots: int) -> list[list[int]]:
@@ -172,7 +138,7 @@ def epoch_s(shapes: Shapes, window: int) -> float:
 
 def test_the_same_in_another_process() -> None:
     code = (
-        "from tests.unit.data.test_sampler_properties import build, shapes_of\n"
+        "from tests.unit.data.samplers import build, shapes_of\n"
         "print([list(build(shapes_of(96, 7), 2, 3, 4, r, padded=p)) for r in (0, 1) for p in (False, True)])"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from tests.unit.data.test_sampler_properties import build as build_sampler
-from tests.unit.data.test_sampler_properties import shapes_of
+from tests.unit.data.samplers import build as build_sampler
+from tests.unit.data.samplers import shapes_of
 from tests.unit.data.test_stream import build, ids, stream_of
 
 SHAPES = shapes_of(96)

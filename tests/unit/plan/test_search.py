@@ -15,6 +15,7 @@ from hf_dflop.plan.constraints import Constraints
 from hf_dflop.plan.search import search
 from hf_dflop.plan.space import Layout, layouts
 from hf_dflop.plan.step import plan_step
+from tests.distributed.every_case import EVERY_CASE
 
 from .brute_force import plans_of
 from .planning import mixture, scorer_of, small_gpu, small_spec
@@ -41,8 +42,9 @@ def test_the_search_finds_what_brute_force_finds(chunk: int) -> None:
         spec = small_spec(vision_layers=vision_layers, llm_layers=llm_layers)
         scorer = scorer_of(cluster, spec, mixture(seed), batch, num_batches=1)
         found = list(layouts(spec, cluster, batch))
-        if len(found) > 60:  # every kind, all depths, but not all of a large space
-            found = found[:12] + found[12 :: len(found) // 40]
+        most = 60 if EVERY_CASE else 40
+        if len(found) > most:  # every kind, all depths, but not all of a large space
+            found = found[:12] + found[12 :: len(found) // (most - 20)]
         best = min((scorer.all_seconds(plan).mean() for lay in found for plan in plans_of(scorer, lay)), default=None)
         winner = search(scorer, found).winner
         assert (None if winner is None else winner.mean_s) == best

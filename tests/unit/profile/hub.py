@@ -7,7 +7,7 @@ import os
 import re
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -24,13 +24,13 @@ def hub(
     repo: str,
     files: dict[str, bytes],
     gated: str = "acme/gated",
-    lost: frozenset[str] = frozenset(),
+    lost: Set[str] = frozenset(),
     models: dict[str, dict[str, bytes]] | None = None,
 ) -> Iterator[tuple[str, list[str]]]:
     """Serve one dataset repository, and models; gives the endpoint and the list of requests, which grows. What is
     uploaded to a model is added to its files.
 
-    The connection breaks in the middle of each file in `lost`, however often it is asked for.
+    The connection breaks in the middle of each file in `lost`, which can change, however often it is asked for.
     """
     asked: list[str] = []
     # path of a repository's API, path of its files, what it holds

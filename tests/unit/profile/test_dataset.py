@@ -369,7 +369,7 @@ def test_errors_name_the_row_and_the_column() -> None:
 
 
 def test_counting_is_fifty_times_faster_than_processing() -> None:
-    """Photos of as many sizes as rows, both ways in turn on the same rows, with the same counts."""
+    """Photos of as many sizes as rows, both ways in turn, a third of the rows processed each time; the same counts."""
     turns = [{"role": "user", "content": "<image>What is it?"}, {"role": "assistant", "content": "the sea " * 40}]
     photos = [cell(2048 - 8 * i, 1536 + 4 * i, quality=90) for i in range(24)]
     data = datasets.Dataset.from_list([{"messages": turns, "images": [photo]} for photo in photos])
@@ -380,15 +380,15 @@ def test_counting_is_fifty_times_faster_than_processing() -> None:
     ratios = []
     datasets.disable_caching()
     try:
-        for _ in range(3):
+        for turn in range(3):
             start = time.perf_counter()
             annotated, _ = profile_dataset(data, processor, verify=0)
-            counting_s = time.perf_counter() - start
+            counting_s = (time.perf_counter() - start) / 24  # of a row, as the other one
             start = time.perf_counter()
-            batches = [encode(processor, [read_row(row, layout)]) for row in data]
-            ratios.append((time.perf_counter() - start) / counting_s)
+            batches = [encode(processor, [read_row(data[i], layout)]) for i in range(turn, 24, 3)]
+            ratios.append((time.perf_counter() - start) / 8 / counting_s)
             lengths = [batch["input_ids"].shape[1] for batch in batches]
-            assert Shapes.of_dataset(annotated).llm_tokens.tolist() == lengths
+            assert Shapes.of_dataset(annotated).llm_tokens[turn::3].tolist() == lengths
     finally:
         datasets.enable_caching()
     assert sorted(ratios)[1] >= 50, ratios

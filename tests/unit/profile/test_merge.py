@@ -11,6 +11,7 @@ from hf_dflop.profile import DatasetProfile, profile_dataset
 from hf_dflop.shapes import SHAPE_COLUMNS
 from tests.unit.profile.test_bad_rows import mixed
 from tests.unit.profile.test_dataset import make
+from tests.unit.profile.undrawn import undrawn
 from tests.unit.rows import tiny
 
 
@@ -22,7 +23,8 @@ def test_parts_of_a_dataset_with_bad_rows(on_error: str, tmp_path: Path) -> None
     for i in (2, 0, 1):
         rows, part = profile_dataset(data, tiny.llava(), on_error=on_error, verify=0, shard=(i, 3))
         parts.append((i, rows))
-        part.save(tmp_path / str(i))
+        with undrawn():
+            part.save(tmp_path / str(i))
         folders.append(tmp_path / str(i))
     merged = DatasetProfile.merge(DatasetProfile.load(folder) for folder in folders)
     assert (merged.totals, merged.quantiles, merged.errors) == (expected.totals, expected.quantiles, expected.errors)

@@ -176,27 +176,33 @@ def video_processor(family: str) -> Any:
         name = borrowed if borrowed in classes else classes[-1] if classes and path.parent.name == family else None
         if name is not None:
             with standing_in():
-                return _small_frames(getattr(importlib.import_module(_module(path)), name)())
+                return _small(getattr(importlib.import_module(_module(path)), name)())
     return None
 
 
-def _small_frames(videos: Any) -> Any:
-    """The same rule with frames of a quarter of the side; sizes that name two edges are numbers of pixels."""
+def _small(processor: Any) -> Any:
+    """The same rule with images or frames of a quarter of the side: strips of 1:600 cost seconds at their own size.
+
+    Sizes that name two edges are numbers of pixels.
+    """
+    tile, size = getattr(processor, "max_image_size", None), getattr(processor, "size", None)
+    if size and not isinstance(tile, int | None) and dict(tile).get("longest_edge", 10_000) < 10_000:
+        # Rows and columns of tiles, of 64 pixels.
+        processor.size = type(size)(longest_edge=64 * dict(size)["longest_edge"] // dict(tile)["longest_edge"])
+        processor.max_image_size = type(tile)(longest_edge=64)
+        return processor
     for name in ("size", "crop_size", "max_image_size"):
-        size = {edge: pixels for edge, pixels in dict(getattr(videos, name, None) or {}).items() if pixels is not None}
+        given = getattr(processor, name, None)
+        if isinstance(given, int):
+            setattr(processor, name, given // 4)
+            continue
+        size = {edge: pixels for edge, pixels in dict(given or {}).items() if pixels is not None}
         part = 16 if {"shortest_edge", "longest_edge"} <= set(size) or size.get("longest_edge", 0) > 10_000 else 4
         if size:
-            setattr(videos, name, {edge: pixels // part for edge, pixels in size.items()})
-    return videos
-
-
-def _small(images: Any) -> Any:
-    """Rows and columns of tiles cost seconds at their default size: the same rule with tiles of 64 pixels."""
-    tile, size = getattr(images, "max_image_size", None), getattr(images, "size", None)
-    if hasattr(tile, "longest_edge") or (isinstance(tile, dict) and "longest_edge" in tile):
-        images.size = {"longest_edge": 64 * dict(size)["longest_edge"] // dict(tile)["longest_edge"]}
-        images.max_image_size = {"longest_edge": 64}
-    return images
+            setattr(processor, name, type(given)(**{edge: pixels // part for edge, pixels in size.items()}))
+    if getattr(processor, "image_grid_pinpoints", None):
+        processor.image_grid_pinpoints = [[edge // 4 for edge in grid] for grid in processor.image_grid_pinpoints]
+    return processor
 
 
 @functools.cache
