@@ -17,13 +17,12 @@ import socket
 import sys
 import tempfile
 import traceback
-from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 
 from hf_dflop.balance.warmup import warm_up
+from tests.compiling import compiling
 from tests.distributed import tiny
 
 # What the scripts import. Nothing here may start threads: a fork takes only the calling one along.
@@ -128,7 +127,7 @@ def main() -> None:
     torch.set_num_threads(1)
     for library in _LIBRARIES:
         importlib.import_module(library)
-    with FileLock(Path(tempfile.gettempdir()) / f"hf_dflop-{os.getuid()}-compiling.lock"):  # the others find it done
+    with compiling():  # the others find it done
         for padded in (True, False):
             warm_up(objective="step", padded=padded)
     with tempfile.TemporaryDirectory() as folder:  # transformers reads its table of renamed weights at the first time

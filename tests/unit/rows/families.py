@@ -25,6 +25,7 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import import_utils
 
+from tests.distributed.every_case import EVERY_CASE
 from tests.unit.rows import tiny
 from tests.unit.rows.pixel_ops import standing_in
 
@@ -160,7 +161,7 @@ def _image_processor(family: str) -> Any:
     for path in _files("image_processing"):
         if re.search(rf"^class {entry['pil']}\(", path.read_text(encoding="utf-8"), re.M):
             try:
-                return _small(getattr(importlib.import_module(_module(path)), entry["pil"])())
+                return _small(getattr(importlib.import_module(_module(path)), entry["pil"])(), 1 if EVERY_CASE else 4)
             except Exception as error:
                 raise NotBuilt(f"{type(error).__name__}: {error}") from error
     raise NotBuilt(f"{entry['pil']} is not there")
@@ -176,12 +177,12 @@ def video_processor(family: str) -> Any:
         name = borrowed if borrowed in classes else classes[-1] if classes and path.parent.name == family else None
         if name is not None:
             with standing_in():
-                return _small(getattr(importlib.import_module(_module(path)), name)())
+                return _small(getattr(importlib.import_module(_module(path)), name)(), 4)
     return None
 
 
-def _small(processor: Any) -> Any:
-    """The same rule with images or frames of a quarter of the side: strips of 1:600 cost seconds at their own size.
+def _small(processor: Any, part: int) -> Any:
+    """The same rule with sides of images or frames divided: strips of 1:600 cost seconds at their own size.
 
     Sizes that name two edges are numbers of pixels.
     """
@@ -194,14 +195,15 @@ def _small(processor: Any) -> Any:
     for name in ("size", "crop_size", "max_image_size"):
         given = getattr(processor, name, None)
         if isinstance(given, int):
-            setattr(processor, name, given // 4)
+            setattr(processor, name, given // part)
             continue
         size = {edge: pixels for edge, pixels in dict(given or {}).items() if pixels is not None}
-        part = 16 if {"shortest_edge", "longest_edge"} <= set(size) or size.get("longest_edge", 0) > 10_000 else 4
+        is_area = {"shortest_edge", "longest_edge"} <= set(size) or size.get("longest_edge", 0) > 10_000
+        by = part**2 if is_area else part
         if size:
-            setattr(processor, name, type(given)(**{edge: pixels // part for edge, pixels in size.items()}))
+            setattr(processor, name, type(given)(**{edge: pixels // by for edge, pixels in size.items()}))
     if getattr(processor, "image_grid_pinpoints", None):
-        processor.image_grid_pinpoints = [[edge // 4 for edge in grid] for grid in processor.image_grid_pinpoints]
+        processor.image_grid_pinpoints = [[edge // part for edge in grid] for grid in processor.image_grid_pinpoints]
     return processor
 
 
