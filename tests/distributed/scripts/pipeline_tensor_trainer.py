@@ -15,7 +15,8 @@ from hf_dflop.integrations import DflopTrainer
 from hf_dflop.pipeline import PipelineModel
 from hf_dflop.plan import ModulePlan, Plan
 from tests.distributed import pipelines
-from tests.distributed.scripts.pipeline_trainer import CALLS, MICROBATCHES, arguments, ingredients
+from tests.distributed.ingredients import ingredients
+from tests.distributed.scripts.pipeline_trainer import CALLS, MICROBATCHES, arguments
 
 STEPS, SAVED = 4, 2
 
@@ -115,6 +116,10 @@ def check_saved(trainer: DflopTrainer, folder: Path) -> None:
         expected = loaded(**collator([rows[index] for index in range(2)])).logits
     for found in logits.values():
         assert float((found - expected).abs().max()) <= 1e-12 * float(expected.abs().max())
+
+
+def prepare() -> None:
+    ingredients(torch.float64)
 
 
 if __name__ == "__main__":
