@@ -62,6 +62,10 @@ def collator(family: str) -> Any:
 def prepare(family: str, *text_only: bool, dtype: torch.dtype = torch.float64, **settings: Any) -> None:
     """Make what all ranks make: a model, and the batches of cells with and without images and of each row."""
     model(family, dtype, **settings)
+    collate_cells(family, *text_only)
+
+
+def collate_cells(family: str, *text_only: bool) -> None:
     for chosen in text_only or (False,):
         for rows in cells_of(family, text_only=chosen):
             if rows:
@@ -351,6 +355,13 @@ def over_ranks(value: float, op: Any = dist.ReduceOp.MAX) -> float:
     return float(found)
 
 
+def told(make: Callable[[], Any]) -> Any:
+    """What rank 0 makes, on every rank of the world."""
+    made = [make() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(made)
+    return made[0]
+
+
 def covered(pipe: PipelineModel) -> bool:
     """Whether the ranks together hold every parameter of the model."""
     names: list[Any] = [None] * pipe.plan.num_ranks
@@ -375,7 +386,7 @@ def keep_float64() -> None:
 class Worlds:
     """Worlds of the first n launched processes, one after the other."""
 
-    def __init__(self, timeout_s: float = 180) -> None:
+    def __init__(self, timeout_s: float = 300) -> None:
         self.timeout_s = timeout_s
         torch.set_num_threads(1)
         keep_float64()
@@ -403,10 +414,3 @@ class Worlds:
         finally:
             if inside:
                 dist.destroy_process_group()
-
-    def tell(self, value: Any) -> Any:
-        """What rank 0 gives, on every rank."""
-        told = [value]
-        with self.of(self.size):
-            dist.broadcast_object_list(told)
-        return told[0]
