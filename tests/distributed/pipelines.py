@@ -252,8 +252,9 @@ def rows_of(family: str) -> list[dict[str, Any]]:
     return rows
 
 
-def cells_of(family: str, *, text_only: bool = False) -> Cells:
-    """Eight ragged cells: of several samples, of one, without images, and one without any sample."""
+def cells_of(family: str, *, text_only: bool = False, few_shapes: bool = False) -> Cells:
+    """Eight ragged cells: of several samples, of one, without images, and one without any sample. With `few_shapes`
+    three are there several times: DTensor works out anew for each shape how its operators share out their work."""
     rows = rows_of(family)
     pictures = [row for row in rows if row.get("images") or row.get("image")]
     words = [row for row in rows if row not in pictures]
@@ -261,6 +262,9 @@ def cells_of(family: str, *, text_only: bool = False) -> Cells:
         pictures = words * 2
     long, other, short = pictures[0], pictures[-2], pictures[-1]
     text = words[0] if words else pictures[1]
+    if few_shapes:
+        two, pair = [long, text], [other, short]
+        return [two, pair, [text], [], two, [text], pair, two]
     return [[long, text], [short], [text], [], [other], [short, long, text], [text, text], [other, short]]
 
 

@@ -38,18 +38,20 @@ def run(family: str, layout: p.Layout, dtype: torch.dtype, expected: Any, **sett
     return p.over_ranks(error)
 
 
-def reference(family: str, dtype: torch.dtype, tied: bool = False, **settings: Any) -> Any:
+def reference(
+    family: str, dtype: torch.dtype, tied: bool = False, *, few_shapes: bool = False, **settings: Any
+) -> Any:
     """The stock model's step, computed by rank 0, once, and told to the ranks of the world."""
     collate = p.casting(p.collator(family), dtype)
-    cells = p.cells_of(family)
-    loss, gradients, norm = p.told(lambda: stock(family, dtype, tied=tied, **settings))
+    cells = p.cells_of(family, few_shapes=few_shapes)
+    loss, gradients, norm = p.told(lambda: stock(family, dtype, few_shapes, tied=tied, **settings))
     return {"cells": cells, "collate": collate, "loss": loss, "gradients": gradients, "norm": norm, "tied": tied}
 
 
 @functools.cache
-def stock(family: str, dtype: torch.dtype, **settings: Any) -> tuple[float, p.Gradients, float]:
+def stock(family: str, dtype: torch.dtype, few_shapes: bool, **settings: Any) -> tuple[float, p.Gradients, float]:
     """Loss, gradients and their norm."""
-    collate, cells = p.casting(p.collator(family), dtype), p.cells_of(family)
+    collate, cells = p.casting(p.collator(family), dtype), p.cells_of(family, few_shapes=few_shapes)
     labels = p.shape_of(family, [[cell] for cell in cells], collate).label_tokens
     built = p.model(family, dtype, **settings)
     loss, gradients = p.stock_gradients(built, cells, collate, labels)

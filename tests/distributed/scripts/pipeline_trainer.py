@@ -4,7 +4,8 @@ stock FOLDER FAMILY TYPE ...     (one process) ten steps of the stock Trainer, i
 train FOLDER CASE TYPE ...       the same through the pipeline, evaluated and saved; against `stock`
 resume FOLDER CASE               stopped and resumed
 half FOLDER CASE                 in float16 and bfloat16, with an overflow on one rank; against `stock`
-die FOLDER CASE RANK WHERE       one rank kills itself: at "forward" of the sixth step, or while it is being "saved"
+die FOLDER CASE RANK WHERE       (one process) of two ranks, which torchrun's agent starts, one kills itself: at "forward"
+                                 of the sixth step, or while it is being "saved"
 revive FOLDER CASE               resumes what `die` left, under another plan; against `stock`
 
 A case is FAMILY:V,PP,DP or FAMILY:PP,DP, where the encoder is on the ranks of the LLM's first stage. The last TYPE to
@@ -23,6 +24,7 @@ from unittest import mock
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -36,7 +38,8 @@ from tests.distributed.ingredients import LAYERS, ingredients
 STEPS, MICROBATCHES, CALLS, SIZE = 10, 2, 2, 2
 MAX_NORM = 0.5
 TOLERANCE = {"float32": 1e-5, "float64": 1e-9}
-HALF: dict[str, Any] = {"fp16": ({STEPS - 2}, 2.0**14), "bf16": ({STEPS}, None)}
+HALF_STEPS = {"fp16": STEPS, "bf16": 5}
+HALF: dict[str, Any] = {"fp16": ({STEPS - 2}, 2.0**14), "bf16": ({5}, None)}
 """Steps that the optimizer takes, and the last scale of the loss: it begins with 2^16, and two steps overflow."""
 
 
@@ -89,7 +92,7 @@ class HalfDflopTrainer(Overflowing, DflopTrainer):
 def half_arguments(folder: Path, name: str) -> TrainingArguments:
     """Nothing is clipped: a norm summed in another order would move weights by a bit of float32, and those that are
     rounded to half precision by one of theirs."""
-    return arguments(folder / "half", max_grad_norm=1e9, **{name: True})
+    return arguments(folder / "half", max_steps=HALF_STEPS[name], max_grad_norm=1e9, **{name: True})
 
 
 def half_run(trainer: Trainer) -> Any:
@@ -244,6 +247,7 @@ def resume(folder: Path, case: Case) -> None:
     args = arguments(
         folder / f"resumed-{case.family}",
         case.dp,
+        max_steps=7,
         save_strategy="steps",
         save_steps=5,
         save_total_limit=2,
@@ -260,7 +264,7 @@ def resume(folder: Path, case: Case) -> None:
     without.train(resume_from_checkpoint=f"{args.output_dir}/checkpoint-5")
     assert not all(torch.equal(value, expected[name]) for name, value in without.pipe.state_dict().items())
     if args.process_index == 0:
-        print("trainer: 5 + 5 = 10", flush=True)
+        print("trainer: 5 + 2 = 7", flush=True)
 
 
 def check_saved(trainer: DflopTrainer, folder: Path, case: Case) -> None:
@@ -316,7 +320,17 @@ class Dies(TrainerCallback):
             kill_self(self.folder)
 
 
+def die_under_torchrun(*given: Any) -> None:
+    """By torchrun's own agent, but for this: ranks are forked from a process that has imported the libraries."""
+    config = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=2, run_id="die", start_method="fork",
+        rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0", local_addr="127.0.0.1",
+    )  # fmt: skip
+    elastic_launch(config, die)(*given)
+
+
 def die(folder: Path, case: Case, rank: int, where: str) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # as in a process of its own; the agent has set it for itself
     args = arguments(folder / "killed", case.dp, save_strategy="steps", save_steps=2)
     callbacks = [Dies(rank, folder)] if where == "forward" else []
     trainer = make_trainer(case, args, torch.float32, callbacks=callbacks)
@@ -358,7 +372,7 @@ if __name__ == "__main__":
         for name in rest:
             stock(where, which, name)
     elif what == "die":
-        die(where, Case.parse(which), int(rest[0]), rest[1])
+        die_under_torchrun(where, Case.parse(which), int(rest[0]), rest[1])
     else:
         {"train": train, "half": half, "resume": resume, "revive": revive}[what](where, Case.parse(which), *rest)
         torch.distributed.destroy_process_group()
