@@ -32,8 +32,8 @@ def _forker(_pid: int) -> "subprocess.Popen[str]":
 def launch(module: str, *arguments: str, num_processes: int, timeout_s: float = 240) -> str:
     """Run `python -m module arguments` in `num_processes` processes; returns what they printed.
 
-    They are forked from one that has imported the libraries, which saves half of a short run. 0 processes: one, without
-    a rank.
+    They are forked from one that has imported the libraries, which saves half of a short run. 0 processes: one,
+    without a rank.
 
     Raises:
         AssertionError: a process failed or did not end in time; with its output.

@@ -4,8 +4,8 @@ stock FOLDER FAMILY TYPE ...     (one process) ten steps of the stock Trainer, i
 train FOLDER CASE TYPE ...       the same through the pipeline, evaluated and saved; against `stock`
 resume FOLDER CASE               stopped and resumed
 half FOLDER CASE                 in float16 and bfloat16, with an overflow on one rank; against `stock`
-die FOLDER CASE RANK WHERE       (one process) of two ranks, which torchrun's agent starts, one kills itself: at "forward"
-                                 of the sixth step, or while it is being "saved"
+die FOLDER CASE RANK WHERE       (one process) of two ranks, which torchrun's agent starts, one kills itself: at
+                                 "forward" of the sixth step, or while it is being "saved"
 revive FOLDER CASE               resumes what `die` left, under another plan; against `stock`
 
 A case is FAMILY:V,PP,DP or FAMILY:PP,DP, where the encoder is on the ranks of the LLM's first stage. The last TYPE to
