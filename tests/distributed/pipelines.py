@@ -45,12 +45,18 @@ class Remembering(VisionLanguageCollator):
 
     def __init__(self, processor: Any) -> None:
         super().__init__(processor)
-        self.made: dict[tuple[int, ...], tuple[Any, dict[str, Any]]] = {}
+        self.made: dict[tuple[Any, ...], tuple[Any, dict[str, Any]]] = {}
 
     def __call__(self, rows: Sequence[Any]) -> dict[str, Any]:
-        key = tuple(map(id, rows))
+        return self._once("whole", super().__call__, rows)
+
+    def without_pixels(self, rows: Sequence[Any]) -> dict[str, Any]:
+        return self._once("without pixels", super().without_pixels, rows)
+
+    def _once(self, what: str, collate: Callable[..., dict[str, Any]], rows: Sequence[Any]) -> dict[str, Any]:
+        key = (what, *map(id, rows))
         if key not in self.made:
-            self.made[key] = list(rows), super().__call__(rows)  # with the rows, whose ids stay theirs that way
+            self.made[key] = list(rows), collate(rows)  # with the rows, whose ids stay theirs that way
         return {name: value.clone() for name, value in self.made[key][1].items()}
 
 

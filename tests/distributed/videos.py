@@ -121,5 +121,6 @@ def prepare(family: str) -> None:
     _master(family, torch.float64)
     for rows in filter(None, cells_of(family)):
         collator(family)(rows)
+        collator(family).without_pixels(rows)
         for one in rows:
             collator(family)([one])

@@ -28,6 +28,7 @@ from tests.distributed.every_case import EVERY_CASE
 
 COVERED = (
     "interleaved", "zero bubble", "zero bubble, tied in one stage", "colocated", "frozen tower", "frozen encoder",
+    "zero bubble, replicas",
     "frozen LLM", "checkpointing", "packed", "deepstack", "encoder in stages, tied", "encoder in stages, float32",
     "encoder in stages, checkpointing", "encoder in stages, LLM replicas", "encoder in stages, autocast",
     "frozen LLM, zero bubble", "zero bubble, chunks", "encoder in stages, frozen encoder",
