@@ -29,13 +29,11 @@ def _forker(_pid: int) -> "subprocess.Popen[str]":
     )
 
 
-def launch(
-    module: str, *arguments: str, num_processes: int, timeout_s: float = 240, under_torchrun: bool = False
-) -> str:
+def launch(module: str, *arguments: str, num_processes: int, timeout_s: float = 240) -> str:
     """Run `python -m module arguments` in `num_processes` processes; returns what they printed.
 
-    They are forked from one that has imported the libraries, which saves half of a short run; `under_torchrun` where
-    it is torchrun's own doing that is tested. 0 processes: one, without a rank.
+    They are forked from one that has imported the libraries, which saves half of a short run. 0 processes: one,
+    without a rank.
 
     Raises:
         AssertionError: a process failed or did not end in time; with its output.
@@ -48,8 +46,7 @@ def launch(
     }
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "output"
-        run = _torchrun if under_torchrun else _forked
-        status = run(module, arguments, num_processes, environment, output, timeout_s)
+        status = _forked(module, arguments, num_processes, environment, output, timeout_s)
         told = output.read_text(encoding="utf-8", errors="replace") if output.exists() else ""
     assert status is not None, f"{module} hung for {timeout_s} s:\n{told[-6000:]}"
     assert status == 0, f"{module} failed:\n{told[-6000:]}"
@@ -77,28 +74,3 @@ def _forked(
         os.killpg(group, signal.SIGKILL)
     status = int(forker.stdout.readline())
     return None if hung else status
-
-
-def _torchrun(
-    module: str,
-    arguments: tuple[str, ...],
-    num_processes: int,
-    environment: dict[str, str],
-    output: Path,
-    timeout_s: float,
-) -> int | None:
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(num_processes),
-        "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1",
-        "-m", module, *arguments,
-    ]  # fmt: skip
-    with output.open("wb") as file:
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        try:
-            return process.wait(timeout=timeout_s)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            return None

@@ -45,12 +45,18 @@ class Remembering(VisionLanguageCollator):
 
     def __init__(self, processor: Any) -> None:
         super().__init__(processor)
-        self.made: dict[tuple[int, ...], tuple[Any, dict[str, Any]]] = {}
+        self.made: dict[tuple[Any, ...], tuple[Any, dict[str, Any]]] = {}
 
     def __call__(self, rows: Sequence[Any]) -> dict[str, Any]:
-        key = tuple(map(id, rows))
+        return self._once("whole", super().__call__, rows)
+
+    def without_pixels(self, rows: Sequence[Any]) -> dict[str, Any]:
+        return self._once("without pixels", super().without_pixels, rows)
+
+    def _once(self, what: str, collate: Callable[..., dict[str, Any]], rows: Sequence[Any]) -> dict[str, Any]:
+        key = (what, *map(id, rows))
         if key not in self.made:
-            self.made[key] = list(rows), super().__call__(rows)  # with the rows, whose ids stay theirs that way
+            self.made[key] = list(rows), collate(rows)  # with the rows, whose ids stay theirs that way
         return {name: value.clone() for name, value in self.made[key][1].items()}
 
 
@@ -62,6 +68,10 @@ def collator(family: str) -> Any:
 def prepare(family: str, *text_only: bool, dtype: torch.dtype = torch.float64, **settings: Any) -> None:
     """Make what all ranks make: a model, and the batches of cells with and without images and of each row."""
     model(family, dtype, **settings)
+    collate_cells(family, *text_only)
+
+
+def collate_cells(family: str, *text_only: bool) -> None:
     for chosen in text_only or (False,):
         for rows in cells_of(family, text_only=chosen):
             if rows:
@@ -248,8 +258,9 @@ def rows_of(family: str) -> list[dict[str, Any]]:
     return rows
 
 
-def cells_of(family: str, *, text_only: bool = False) -> Cells:
-    """Eight ragged cells: of several samples, of one, without images, and one without any sample."""
+def cells_of(family: str, *, text_only: bool = False, few_shapes: bool = False) -> Cells:
+    """Eight ragged cells: of several samples, of one, without images, and one without any sample. With `few_shapes`
+    three are there several times: DTensor works out anew for each shape how its operators share out their work."""
     rows = rows_of(family)
     pictures = [row for row in rows if row.get("images") or row.get("image")]
     words = [row for row in rows if row not in pictures]
@@ -257,6 +268,9 @@ def cells_of(family: str, *, text_only: bool = False) -> Cells:
         pictures = words * 2
     long, other, short = pictures[0], pictures[-2], pictures[-1]
     text = words[0] if words else pictures[1]
+    if few_shapes:
+        two, pair = [long, text], [other, short]
+        return [two, pair, [text], [], two, [text], pair, two]
     return [[long, text], [short], [text], [], [other], [short, long, text], [text, text], [other, short]]
 
 
@@ -351,6 +365,13 @@ def over_ranks(value: float, op: Any = dist.ReduceOp.MAX) -> float:
     return float(found)
 
 
+def told(make: Callable[[], Any]) -> Any:
+    """What rank 0 makes, on every rank of the world."""
+    made = [make() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(made)
+    return made[0]
+
+
 def covered(pipe: PipelineModel) -> bool:
     """Whether the ranks together hold every parameter of the model."""
     names: list[Any] = [None] * pipe.plan.num_ranks
@@ -375,7 +396,7 @@ def keep_float64() -> None:
 class Worlds:
     """Worlds of the first n launched processes, one after the other."""
 
-    def __init__(self, timeout_s: float = 180) -> None:
+    def __init__(self, timeout_s: float = 300) -> None:
         self.timeout_s = timeout_s
         torch.set_num_threads(1)
         keep_float64()
@@ -403,10 +424,3 @@ class Worlds:
         finally:
             if inside:
                 dist.destroy_process_group()
-
-    def tell(self, value: Any) -> Any:
-        """What rank 0 gives, on every rank."""
-        told = [value]
-        with self.of(self.size):
-            dist.broadcast_object_list(told)
-        return told[0]

@@ -13,12 +13,12 @@ SCRIPTS = "tests.distributed.scripts"
 
 def test_gradients_are_those_of_one_process() -> None:
     output = launch(f"{SCRIPTS}.pipeline_gradients", "suite", num_processes=5)
-    assert output.count("gradients: ") >= 2 * 7 + 10
+    assert output.count("gradients: ") >= (7 + 7 if EVERY_CASE else 7 + 3) + 10
 
 
 def test_schedules_placements_and_negative_controls() -> None:
     output = launch(f"{SCRIPTS}.pipeline_schedules", "all", num_processes=5)
-    assert output.count("schedules: ") >= (73 if EVERY_CASE else 45)
+    assert output.count("schedules: ") >= (73 if EVERY_CASE else 42)
 
 
 def test_gradients_of_videos_are_those_of_one_process() -> None:
@@ -48,4 +48,4 @@ def test_ranks_read_nothing_of_the_files_of_others() -> None:
 
 def test_no_rank_holds_more_than_the_planner_foresees() -> None:
     output = launch(f"{SCRIPTS}.pipeline_memory", num_processes=3)
-    assert output.count("memory: ") == 9
+    assert output.count("memory: ") == (9 if EVERY_CASE else 7)

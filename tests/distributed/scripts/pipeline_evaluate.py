@@ -19,7 +19,8 @@ from transformers import Trainer
 import hf_dflop
 from hf_dflop.errors import TrainerError
 from tests.distributed import pipelines
-from tests.distributed.scripts.pipeline_trainer import SIZE, Case, arguments, ingredients, make_trainer
+from tests.distributed.ingredients import ingredients
+from tests.distributed.scripts.pipeline_trainer import SIZE, Case, arguments, make_trainer
 from tests.unit.profile.hub import hub
 
 CASE = Case.parse("llava:1,1,2")
@@ -143,6 +144,11 @@ def run(folder: Path) -> None:
     assert (repository / "last-checkpoint" / "optimizer" / "groups.json").is_file()
     assert not [name for name in pushed if "saving" in name], sorted(pushed)
     print(f"evaluate: pushed {len(pushed)} files", flush=True)
+
+
+def prepare() -> None:
+    for dtype in (torch.float32, torch.float64):
+        ingredients(dtype)
 
 
 if __name__ == "__main__":

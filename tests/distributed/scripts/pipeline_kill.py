@@ -25,7 +25,8 @@ from hf_dflop.integrations import DflopTrainer
 from hf_dflop.pipeline import PipelineModel
 from hf_dflop.pipeline.stage import RaggedStage
 from hf_dflop.plan import ModulePlan, Plan
-from tests.distributed.scripts.pipeline_trainer import arguments, ingredients
+from tests.distributed.ingredients import ingredients
+from tests.distributed.scripts.pipeline_trainer import arguments
 
 SIZE, STEPS, SAVE_STEPS, MICROBATCHES = 3, 4, 2, 4
 LIMIT_S = 30

@@ -5,8 +5,6 @@ example FOLDER PP,DP    the example in the docstring of `hf_dflop.prepare`, run;
 loop FOLDER PP,DP       a loop that takes an optimizer class; its losses and norms; saved and resumed; what must fail
 """
 
-import copy
-import functools
 import re
 import sys
 from functools import partial
@@ -22,7 +20,8 @@ from transformers import AutoModelForImageTextToText
 import hf_dflop
 from hf_dflop.plan import ModulePlan, Plan
 from tests.distributed import pipelines
-from tests.distributed.scripts.pipeline_trainer import TOLERANCE, ingredients
+from tests.distributed.ingredients import ingredients
+from tests.distributed.scripts.pipeline_trainer import TOLERANCE
 
 MICROBATCHES, CALLS, SIZE, EPOCHS = 2, 2, 2, 2
 MAX_NORM, SEED = 0.5, 11
@@ -31,16 +30,11 @@ EVEN = DataLoaderConfiguration(use_seedable_sampler=True, even_batches=False)
 """One process has no round of microbatches to fill up at an epoch's end."""
 
 
-@functools.cache
-def master(dtype: torch.dtype) -> tuple[Any, Any, Any]:
-    return ingredients(dtype)
-
-
 def fresh(dtype: torch.dtype) -> tuple[Any, Any, Any]:
     """Model, annotated rows, collator; the seed is set, from which the order of the rows follows."""
-    built, rows, collator = master(dtype)
+    built, rows, collator = ingredients(dtype)
     set_seed(SEED)
-    return copy.deepcopy(built), rows, collator
+    return built, rows, collator
 
 
 def stock(folder: Path) -> None:
@@ -182,6 +176,11 @@ class Run:
                 self.optimizer.zero_grad()
             if save is not None and calls == 2 * CALLS:
                 self.accelerator.save_state(str(save))
+
+
+def prepare() -> None:
+    for name in TOLERANCE:
+        ingredients(getattr(torch, name))
 
 
 if __name__ == "__main__":

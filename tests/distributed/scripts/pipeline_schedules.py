@@ -4,6 +4,7 @@ Arguments: names of cases (separated by semicolons), what begins them and a star
 """
 
 import contextlib
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -16,20 +17,25 @@ import torch
 from hf_dflop.data import PackedCollator, attend_by_sample
 from hf_dflop.errors import DflopError
 from hf_dflop.pipeline import PipelineModel
+from hf_dflop.pipeline.setup import freeze
+from hf_dflop.pipeline.skeleton import unwrap
 from hf_dflop.pipeline.split import LlmPart
 from hf_dflop.pipeline.stage import RaggedStage
+from hf_dflop.pipeline.structure import read_structure
 from hf_dflop.plan import make_order
 from tests.distributed import pipelines as p
 from tests.distributed.every_case import EVERY_CASE
 
 COVERED = (
     "interleaved", "zero bubble", "zero bubble, tied in one stage", "colocated", "frozen tower", "frozen encoder",
+    "zero bubble, replicas",
     "frozen LLM", "checkpointing", "packed", "deepstack", "encoder in stages, tied", "encoder in stages, float32",
     "encoder in stages, checkpointing", "encoder in stages, LLM replicas", "encoder in stages, autocast",
     "frozen LLM, zero bubble", "zero bubble, chunks", "encoder in stages, frozen encoder",
-    "routers", "routers, two stages", "routers, replicas", "routers, checkpointing", "routers, text only",
+    "encoder in stages, its replicas", "routers", "routers, two stages",
+    "routers, replicas", "routers, checkpointing", "routers, text only",
     "routers, packed", "routers, autocast", "routers, three stages", "routers of another family",
-    "routers of another family, replicas",
+    "routers of another family, replicas", "routers of another family, three stages",
 )  # fmt: skip
 """Cases whose conditions come together in others; run with every case."""
 
@@ -241,36 +247,49 @@ def without_routers(case: Case) -> Case:
     return replace(case, refused="computes no balancing loss") if case.model.get("balance") else case
 
 
-def model_of(case: Case, dtype: torch.dtype) -> Any:
-    built = p.model(case.family, dtype, **case.model)
-    assert not case.by_sample or attend_by_sample(built)
+def build(family: str, dtype: torch.dtype, settings: dict[str, Any], by_sample: bool) -> Any:
+    built = p.model(family, dtype, **settings)
+    assert not by_sample or attend_by_sample(built)
     return built
+
+
+def collate_of(family: str, dtype: torch.dtype, packed_for: Any = None) -> Callable[..., Any]:
+    """Of rows of that family; packed, if a model is given."""
+    stock_collator = p.collator(family)
+    return p.casting(stock_collator if packed_for is None else PackedCollator(stock_collator, packed_for), dtype)
+
+
+@functools.cache
+def stock(
+    family: str,
+    dtype: torch.dtype,
+    model: frozenset[Any],
+    cells: frozenset[Any],
+    frozen: tuple[str, ...],
+    packed: bool,
+    by_sample: bool,
+    autocast: torch.dtype | None,
+) -> tuple[float, p.Gradients]:
+    """The stock model's step, once for all cases that compare with it."""
+    built = build(family, dtype, dict(model), by_sample)
+    collate = collate_of(family, dtype, built if packed else None)
+    rows = p.cells_of(family, **dict(cells))
+    labels = p.shape_of(family, [[cell] for cell in rows], collate).label_tokens
+    freeze(unwrap(built), read_structure(unwrap(built)), frozen)
+    with contextlib.nullcontext() if autocast is None else torch.autocast("cpu", autocast):
+        return p.stock_gradients(built, rows, collate, labels)
 
 
 def run(worlds: p.Worlds, name: str, case: Case) -> None:
     dtype = case.dtype if case.autocast is None else torch.float32
     layers = case.model.get("layers", 4)
-    collate = p.casting(p.collator(case.family), dtype)
-    built = model_of(case, dtype)
-    if case.packed:
-        collate = p.casting(PackedCollator(p.collator(case.family), built), dtype)
     plan = p.plan(case.layout, layers=layers, **case.plan)
     cells = p.cells_of(case.family, **case.cells)
-    expected: Any = None
-    if worlds.rank == 0:
-        from hf_dflop.pipeline.setup import freeze
-        from hf_dflop.pipeline.skeleton import unwrap
-        from hf_dflop.pipeline.structure import read_structure
-
-        labels = p.shape_of(case.family, [[cell] for cell in cells], collate).label_tokens
-        freeze(unwrap(built), read_structure(unwrap(built)), plan.frozen)
-        context = contextlib.nullcontext() if case.autocast is None else torch.autocast("cpu", case.autocast)
-        with context:
-            expected = p.stock_gradients(built, cells, collate, labels)
-    loss, gradients = worlds.tell(expected)
     with worlds.of(plan.num_ranks) as inside, case.patch():
         if not inside:
             return
+        built = build(case.family, dtype, case.model, case.by_sample)
+        collate = collate_of(case.family, dtype, built if case.packed else None)
         dealt = p.deal(cells, case.layout[2])
         order = None
         if case.shuffled:
@@ -279,20 +298,14 @@ def run(worlds: p.Worlds, name: str, case: Case) -> None:
                 "1f1b", stage_rank=columns, num_microbatches=len(dealt), microbatches=[3, 1, 7, 0, 6, 2, 5, 4]
             )
 
-        def build() -> tuple[PipelineModel, p.StepBatch]:
-            pipe = PipelineModel.from_model(
-                model_of(case, dtype),
-                plan=plan,
-                autocast=case.autocast,
-                order=order,
-                check=case.check or bool(case.refused),
-            )
+        def piped() -> tuple[PipelineModel, p.StepBatch]:
+            check = case.check or bool(case.refused)
+            pipe = PipelineModel.from_model(built, plan=plan, autocast=case.autocast, order=order, check=check)
             shape = p.shape_of(case.family, dealt, collate)
-            encode = p.casting(p.collator(case.family), dtype)
-            return pipe, p.batch_of(pipe, dealt, shape, collate, encode)
+            return pipe, p.batch_of(pipe, dealt, shape, collate, collate_of(case.family, dtype))
 
         def step_first() -> None:
-            pipe, batch = build()
+            pipe, batch = piped()
             pipe.step(batch)
 
         if case.refused:
@@ -300,7 +313,19 @@ def run(worlds: p.Worlds, name: str, case: Case) -> None:
                 step_first()
             print(f"schedules: {name}: refused", flush=True)
             return
-        pipe, batch = build()
+        loss, gradients = p.told(
+            lambda: stock(
+                case.family,
+                dtype,
+                frozenset(case.model.items()),
+                frozenset(case.cells.items()),
+                plan.frozen,
+                case.packed,
+                case.by_sample,
+                case.autocast,
+            )
+        )
+        pipe, batch = piped()
         evaluated = pipe.step(batch, backward=False)
         result = pipe.step(batch)
         error, where = p.worst_error(pipe, gradients)
@@ -328,9 +353,8 @@ def asked() -> list[str]:
 
 def prepare() -> None:
     for case in map(CASES.__getitem__, asked()):
-        settings = {key: value for key, value in case.model.items() if key != "adapted"}
         dtype = case.dtype if case.autocast is None else torch.float32
-        p.prepare(case.family, bool(case.cells), dtype=dtype, **settings)
+        p.prepare(case.family, bool(case.cells), dtype=dtype, **case.model)
 
 
 if __name__ == "__main__":

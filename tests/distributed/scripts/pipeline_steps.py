@@ -53,11 +53,11 @@ def stock_run(family: str, dtype: torch.dtype) -> Any:
 
 
 def run(worlds: p.Worlds, family: str, layout: p.Layout, dtype: torch.dtype) -> None:
-    log, expected = worlds.tell(stock_run(family, dtype) if worlds.rank == 0 else None)
     size = layout[0] * len(ENCODER) + layout[1] * layout[2] * TP
     with worlds.of(size) as inside:
         if not inside:
             return
+        log, expected = p.told(lambda: stock_run(family, dtype))
         collate = p.casting(p.collator(family), dtype)
         num_microbatches = len(calls_of(family, 0)[0]) // layout[2]
         plan = p.plan(layout, num_microbatches=num_microbatches, encoder=ENCODER, tp=TP)
@@ -131,6 +131,13 @@ def check_read(pipe: PipelineModel, folder: str, logits: Any, batch: Any) -> Non
     again = read.step(batch(read), backward=False, keep_logits=True).logits
     assert again.keys() == logits.keys()
     assert all(torch.equal(again[microbatch], found) for microbatch, found in logits.items())
+
+
+def prepare() -> None:
+    dtype = getattr(torch, sys.argv[3])
+    for family in sys.argv[1].split(","):
+        build(family, dtype)
+        p.collate_cells(family)
 
 
 if __name__ == "__main__":

@@ -15,9 +15,16 @@ from hf_dflop.integrations import DflopTrainer
 from hf_dflop.pipeline import PipelineModel
 from hf_dflop.plan import ModulePlan, Plan
 from tests.distributed import pipelines
-from tests.distributed.scripts.pipeline_trainer import CALLS, MICROBATCHES, arguments, ingredients
+from tests.distributed.ingredients import ingredients
+from tests.distributed.scripts.pipeline_trainer import CALLS, MICROBATCHES, arguments
 
 STEPS, SAVED = 4, 2
+
+
+def few_lengths(dtype: torch.dtype, *, dropout: float = 0.0) -> tuple[Any, Any, Any]:
+    """Model, rows of four lengths, collator: DTensor works out anew for each shape how operators share their work."""
+    built, rows, collator = ingredients(dtype, dropout=dropout)
+    return built, rows.select([index % 4 for index in range(len(rows))]), collator
 
 
 def run_arguments(folder: Path, **settings: Any) -> Any:
@@ -25,7 +32,7 @@ def run_arguments(folder: Path, **settings: Any) -> Any:
 
 
 def stock(folder: Path) -> None:
-    built, rows, collator = ingredients(torch.float64)
+    built, rows, collator = few_lengths(torch.float64)
     trainer = Trainer(built, run_arguments(folder / "stock"), train_dataset=rows, data_collator=collator)
     trainer.train()
     found = {"log": logged(trainer), "state": {name: value.detach() for name, value in built.named_parameters()}}
@@ -46,7 +53,7 @@ def make_trainer(
         num_microbatches=MICROBATCHES,
         padded=True,
     )
-    built, rows, collator = ingredients(torch.float64, dropout=dropout)
+    built, rows, collator = few_lengths(torch.float64, dropout=dropout)
     pipe = PipelineModel.from_model(built, plan=plan, check=check)
     return DflopTrainer(pipe, args, collator, train_dataset=rows, eval_dataset=rows)
 
@@ -103,7 +110,7 @@ def check_same_random(trainer: DflopTrainer) -> None:
 def check_saved(trainer: DflopTrainer, folder: Path) -> None:
     """Plain transformers loads what is saved, with the same parameters and logits."""
     trainer.save_model(str(folder))
-    model, rows, collator = ingredients(torch.float64)
+    model, rows, collator = few_lengths(torch.float64)
     loaded = type(model).from_pretrained(folder, dtype=torch.float64).double().eval()  # its frequencies, too
     state, pipe = loaded.state_dict(), trainer.pipe
     assert all(torch.equal(state[name], pipe.whole(name, value)) for name, value in pipe.state_dict().items())
@@ -115,6 +122,10 @@ def check_saved(trainer: DflopTrainer, folder: Path) -> None:
         expected = loaded(**collator([rows[index] for index in range(2)])).logits
     for found in logits.values():
         assert float((found - expected).abs().max()) <= 1e-12 * float(expected.abs().max())
+
+
+def prepare() -> None:
+    ingredients(torch.float64)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from hf_dflop.plan.compare_run import compare_run
 from hf_dflop.plan.recorded import RankStep, RecordedStep, recorded_steps
 from hf_dflop.shapes import Shapes
 from tests.distributed import pipelines
+from tests.distributed.ingredients import ingredients
 from tests.distributed.scripts import pipeline_trainer
 
 SLEEP_S = 0.25
@@ -169,6 +170,11 @@ def _shapes(tokens: list[int], images: list[int]) -> Shapes:
         text_tokens=[t - n for t, n in zip(tokens, images, strict=True)],
         label_tokens=zero,
     )
+
+
+def prepare() -> None:
+    ingredients(torch.float32)
+    pipelines.prepare("llava", dtype=torch.float32)
 
 
 if __name__ == "__main__":

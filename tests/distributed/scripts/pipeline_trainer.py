@@ -1,13 +1,15 @@
 """Trainer over a pipeline against the stock Trainer in one process. Arguments: what to do, a folder, more.
 
-stock FOLDER                     (one process) ten steps of the stock Trainer, in float32 and float64
-train FOLDER CASE ...            the same through the pipeline, evaluated and saved; against `stock`
+stock FOLDER FAMILY TYPE ...     (one process) ten steps of the stock Trainer, in float32 and float64, or fp16 and bf16
+train FOLDER CASE TYPE ...       the same through the pipeline, evaluated and saved; against `stock`
 resume FOLDER CASE               stopped and resumed
 half FOLDER CASE                 in float16 and bfloat16, with an overflow on one rank; against `stock`
-die FOLDER CASE RANK WHERE       one rank kills itself: at "forward" of the sixth step, or while it is being "saved"
+die FOLDER CASE RANK WHERE       (one process) of two ranks, which torchrun's agent starts, one kills itself: at
+                                 "forward" of the sixth step, or while it is being "saved"
 revive FOLDER CASE               resumes what `die` left, under another plan; against `stock`
 
-A case is FAMILY:V,PP,DP or FAMILY:PP,DP, where the encoder is on the ranks of the LLM's first stage.
+A case is FAMILY:V,PP,DP or FAMILY:PP,DP, where the encoder is on the ranks of the LLM's first stage. The last TYPE to
+train in is float64.
 """
 
 import json
@@ -22,23 +24,22 @@ from unittest import mock
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-import hf_dflop
 from hf_dflop.integrations import DflopTrainer
 from hf_dflop.pipeline import PipelineModel
 from hf_dflop.pipeline.skeleton import unwrap
 from hf_dflop.plan import ModulePlan, Plan
-from tests.distributed import chats, pipelines
-from tests.distributed.every_case import EVERY_CASE
+from tests.distributed import pipelines
+from tests.distributed.ingredients import LAYERS, ingredients
 
 STEPS, MICROBATCHES, CALLS, SIZE = 10, 2, 2, 2
 MAX_NORM = 0.5
-LAYERS = {"llava": 2, "lora": 2, "qwen2_5_vl": 3, **({"qwen3_vl_moe": 3} if EVERY_CASE else {})}
-"""Of the LLM of each family; "lora" is LLaVA with adapters, "qwen3_vl_moe" has the balancing loss of its routers."""
 TOLERANCE = {"float32": 1e-5, "float64": 1e-9}
-HALF: dict[str, Any] = {"fp16": ({STEPS - 2}, 2.0**14), "bf16": ({STEPS}, None)}
+HALF_STEPS = {"fp16": STEPS, "bf16": 5}
+HALF: dict[str, Any] = {"fp16": ({STEPS - 2}, 2.0**14), "bf16": ({5}, None)}
 """Steps that the optimizer takes, and the last scale of the loss: it begins with 2^16, and two steps overflow."""
 
 
@@ -66,24 +67,6 @@ def arguments(folder: Path, replicas: int = 1, **settings: Any) -> TrainingArgum
     return TrainingArguments(output_dir=str(folder), **(defaults | settings))
 
 
-def ingredients(dtype: torch.dtype, family: str = "llava", *, dropout: float = 0.0) -> tuple[Any, Any, Any]:
-    """Model, annotated rows (27: an epoch is four steps, and the last is short), collator."""
-    if family.startswith("qwen"):
-        processor = pipelines.collator(family).processor
-        built = pipelines.model(family, dtype, layers=LAYERS[family])
-        if family.endswith("moe") and pipelines.takes_routers(built):
-            built = pipelines.model(family, dtype, layers=LAYERS[family], balance=0.5)
-    else:
-        processor = chats.chat_processor()
-        built = chats.model(processor).to(dtype)
-        for module in built.model.language_model.layers:
-            module.self_attn.attention_dropout = dropout
-    if family == "lora":
-        built = pipelines.with_lora(built, target_modules=r".*(q_proj|down_proj|fc1)", modules_to_save=["lm_head"])
-    rows, _ = hf_dflop.profile_dataset(chats.conversations(27, with_images=0.7), processor, config=built.config)
-    return built, rows, hf_dflop.VisionLanguageCollator(processor)
-
-
 class Overflowing:
     """In float16 a gradient overflows in the fifth step, on one rank alone."""
 
@@ -109,7 +92,7 @@ class HalfDflopTrainer(Overflowing, DflopTrainer):
 def half_arguments(folder: Path, name: str) -> TrainingArguments:
     """Nothing is clipped: a norm summed in another order would move weights by a bit of float32, and those that are
     rounded to half precision by one of theirs."""
-    return arguments(folder / "half", max_grad_norm=1e9, **{name: True})
+    return arguments(folder / "half", max_steps=HALF_STEPS[name], max_grad_norm=1e9, **{name: True})
 
 
 def half_run(trainer: Trainer) -> Any:
@@ -121,31 +104,28 @@ def half_run(trainer: Trainer) -> Any:
     return lines, counts, None if scaler is None else scaler.get_scale()
 
 
-def stock(folder: Path) -> None:
-    for name in HALF:
-        built, rows, collator = ingredients(torch.float32)
+def stock(folder: Path, family: str, name: str) -> None:
+    if name in HALF:
+        built, rows, collator = ingredients(torch.float32, family)
         args = half_arguments(folder, name)
         told = half_run(HalfTrainer(built, args, train_dataset=rows, data_collator=collator))
         assert told[1:] == HALF[name], told
         torch.save((*told, built.state_dict()), folder / f"{name}.pt")
-    pipelines.keep_float64()
-    for family in LAYERS:
-        found = {}
-        for name in TOLERANCE:
-            built, rows, collator = ingredients(getattr(torch, name), family)
-            unwrap(built).accepts_loss_kwargs = True  # else Trainer averages the means of microbatches
-            trainer = Trainer(
-                built, arguments(folder / "stock"), train_dataset=rows, eval_dataset=rows, data_collator=collator
-            )
-            trainer.train()
-            norms = [line["grad_norm"] for line in trainer.state.log_history if "grad_norm" in line]
-            assert min(norms) > MAX_NORM, norms  # clipping is at work
-            found[name] = {
-                "log": trainer.state.log_history,
-                "eval_loss": trainer.evaluate()["eval_loss"],
-                "state": {key: value.detach() for key, value in unwrap(built).named_parameters()},
-            }
-        torch.save(found, folder / f"{family}.pt")
+        return
+    built, rows, collator = ingredients(getattr(torch, name), family)
+    unwrap(built).accepts_loss_kwargs = True  # else Trainer averages the means of microbatches
+    trainer = Trainer(
+        built, arguments(folder / "stock"), train_dataset=rows, eval_dataset=rows, data_collator=collator
+    )
+    trainer.train()
+    norms = [line["grad_norm"] for line in trainer.state.log_history if "grad_norm" in line]
+    assert min(norms) > MAX_NORM, norms  # clipping is at work
+    found = {
+        "log": trainer.state.log_history,
+        "eval_loss": trainer.evaluate()["eval_loss"],
+        "state": {key: value.detach() for key, value in unwrap(built).named_parameters()},
+    }
+    torch.save(found, folder / f"{family}-{name}.pt")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -183,20 +163,22 @@ def make_trainer(
     *,
     dropout: float = 0.0,
     kind: type[DflopTrainer] = DflopTrainer,
+    check: bool = False,
     **settings: Any,
 ) -> DflopTrainer:
+    """`check`: whether the stages are tried on a small copy first; once for each case is enough."""
     assert args.device.type == "cpu"  # makes the process group
     built, rows, collator = ingredients(dtype, case.family, dropout=dropout)
     autocast = torch.float16 if args.fp16 else torch.bfloat16 if args.bf16 else None
     # In half precision a microbatch of other samples rounds otherwise, and the balancing loss is another.
     plan = replace(case.plan(), balance=autocast is None and not case.family.endswith("moe"))
-    pipe = PipelineModel.from_model(built, plan=plan, autocast=autocast)
+    pipe = PipelineModel.from_model(built, plan=plan, autocast=autocast, check=check)
     return kind(pipe, args, collator, train_dataset=rows, eval_dataset=rows, **settings)
 
 
 def compare(trainer: DflopTrainer, folder: Path, case: Case, dtype: str, first: int = 0) -> float:
     """Largest relative difference of losses, norms, learning rates and parameters from the stock run."""
-    expected = torch.load(folder / f"{case.family}.pt", weights_only=False)[dtype]
+    expected = torch.load(folder / f"{case.family}-{dtype}.pt", weights_only=False)
     worst, tolerance = 0.0, TOLERANCE[dtype]
     ours = [line for line in trainer.state.log_history if "grad_norm" in line]
     theirs = [line for line in expected["log"] if "grad_norm" in line]
@@ -221,10 +203,11 @@ def compare(trainer: DflopTrainer, folder: Path, case: Case, dtype: str, first: 
     return pipelines.over_ranks(max(worst, *moved.values()))
 
 
-def train(folder: Path, case: Case) -> None:
-    """Against the stock run."""
-    for name in TOLERANCE:
-        trainer = make_trainer(case, arguments(folder / "runs", case.dp), getattr(torch, name))
+def train(folder: Path, case: Case, *types: str) -> None:
+    """Against the stock run; the last of the types is float64."""
+    for name in types:
+        args = arguments(folder / "runs", case.dp)
+        trainer = make_trainer(case, args, getattr(torch, name), check=name == types[-1])
         trainer.train()
         worst = compare(trainer, folder, case, name)
         if trainer.args.process_index == 0:
@@ -238,7 +221,7 @@ def half(folder: Path, case: Case) -> None:
     def run(name: str) -> float:
         *expected, state = torch.load(folder / f"{name}.pt", weights_only=False)
         args = half_arguments(folder, name)
-        trainer = make_trainer(case, args, torch.float32, kind=HalfDflopTrainer)
+        trainer = make_trainer(case, args, torch.float32, kind=HalfDflopTrainer, check=name == "bf16")
         found = half_run(trainer)
         scale = max(float(value.abs().max()) for value in state.values())
         moved = max(float((value - state[key]).abs().max()) / scale for key, value in trainer.pipe.named_parameters())
@@ -264,6 +247,7 @@ def resume(folder: Path, case: Case) -> None:
     args = arguments(
         folder / f"resumed-{case.family}",
         case.dp,
+        max_steps=7,
         save_strategy="steps",
         save_steps=5,
         save_total_limit=2,
@@ -280,7 +264,7 @@ def resume(folder: Path, case: Case) -> None:
     without.train(resume_from_checkpoint=f"{args.output_dir}/checkpoint-5")
     assert not all(torch.equal(value, expected[name]) for name, value in without.pipe.state_dict().items())
     if args.process_index == 0:
-        print("trainer: 5 + 5 = 10", flush=True)
+        print("trainer: 5 + 2 = 7", flush=True)
 
 
 def check_saved(trainer: DflopTrainer, folder: Path, case: Case) -> None:
@@ -336,7 +320,17 @@ class Dies(TrainerCallback):
             kill_self(self.folder)
 
 
+def die_under_torchrun(*given: Any) -> None:
+    """By torchrun's own agent, but for this: ranks are forked from a process that has imported the libraries."""
+    config = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=2, run_id="die", start_method="fork",
+        rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0", local_addr="127.0.0.1",
+    )  # fmt: skip
+    elastic_launch(config, die)(*given)
+
+
 def die(folder: Path, case: Case, rank: int, where: str) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # as in a process of its own; the agent has set it for itself
     args = arguments(folder / "killed", case.dp, save_strategy="steps", save_steps=2)
     callbacks = [Dies(rank, folder)] if where == "forward" else []
     trainer = make_trainer(case, args, torch.float32, callbacks=callbacks)
@@ -364,16 +358,21 @@ def revive(folder: Path, case: Case) -> None:
         print(f"trainer: revived {case} {worst:.1e}", flush=True)
 
 
+def prepare() -> None:
+    for name in sys.argv[4:] if sys.argv[1] == "train" else ["float32"]:
+        ingredients(getattr(torch, name), Case.parse(sys.argv[3]).family)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    what, where = sys.argv[1], Path(sys.argv[2])
-    if what not in ("stock", "half"):  # a scaler wants its float32
+    what, where, which, rest = sys.argv[1], Path(sys.argv[2]), sys.argv[3], sys.argv[4:]
+    if what != "half" and not HALF.keys() & rest:  # a scaler wants its float32
         pipelines.keep_float64()
     if what == "stock":
-        stock(where)
+        for name in rest:
+            stock(where, which, name)
     elif what == "die":
-        die(where, Case.parse(sys.argv[3]), int(sys.argv[4]), sys.argv[5])
+        die_under_torchrun(where, Case.parse(which), int(rest[0]), rest[1])
     else:
-        for text in sys.argv[3:]:
-            {"train": train, "half": half, "resume": resume, "revive": revive}[what](where, Case.parse(text))
+        {"train": train, "half": half, "resume": resume, "revive": revive}[what](where, Case.parse(which), *rest)
         torch.distributed.destroy_process_group()

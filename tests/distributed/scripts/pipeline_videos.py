@@ -5,136 +5,40 @@ Arguments: "suite" or "all".
 
 import collections
 import contextlib
-import copy
 import functools
-import inspect
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 from unittest import mock
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import transformers as tf
 
-from hf_dflop.data import PackedCollator, VisionLanguageCollator
+from hf_dflop.data import PackedCollator
 from hf_dflop.errors import ModelError, ShapeMismatchError
-from hf_dflop.pipeline import MicrobatchShape, PipelineModel, StepShape, encoder
+from hf_dflop.pipeline import PipelineModel, StepShape, encoder
 from tests.distributed import pipelines as p
+from tests.distributed import videos
 from tests.distributed.scripts.pipeline_tensor import CLIP
-from tests.unit.profile.test_videos import MODELS, TEXT, TOWER, frames, processor
+from tests.distributed.videos import (
+    CASES,
+    LAYERS,
+    MODELS_TAKE_FEATURES,
+    ONE_TOKEN,
+    cells_of,
+    collator,
+    model,
+    row,
+    shape_of,
+)
+from tests.unit.profile.test_videos import frames
 
-MODELS_TAKE_FEATURES = "mm_encoder_outputs" in inspect.signature(tf.Qwen2_5_VLModel.forward).parameters
-"""Before transformers 5.18 they do not, and videos are refused."""
 REFUSED = "qwen2_5_vl"
-LAYERS = 4
 EVERY_LAYOUT: list[p.Layout] = [(1, 1, 1), (1, 2, 1), (2, 1, 1), (1, 1, 2), (2, 2, 2)]
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
-ONE_TOKEN = ("glm4v",)
-"""Images and videos have the same token: the stock model takes no microbatch with both."""
-CASES = {
-    **MODELS,
-    "llava_next_video": (
-        "LlavaNextVideoConfig",
-        TOWER | {"model_type": "clip_vision_model", "image_size": 56, "patch_size": 14},
-        TEXT | {"model_type": "llama"},
-        {"patch_size": 14, "num_additional_image_tokens": 1, "vision_feature_select_strategy": "default"},
-    ),
-}
-SIDES = {"llava_onevision": 96, "internvl": 96, "llava_next_video": 56}
-"""Side of what goes into the tower, of families whose processors stack videos: they must be of one length."""
 COLLECTIVES = ("all_reduce", "all_gather_object", "broadcast", "broadcast_object_list", "barrier")
-
-
-@functools.cache
-def stock_processor(family: str) -> Any:
-    stock = processor(family)
-    for key, value in CASES[family][3].items():
-        setattr(stock, key, value)
-    stock.video_processor.do_sample_frames = family in SIDES
-    if family in SIDES:
-        side = SIDES[family]
-        stock.video_processor.num_frames, stock.video_processor.fps = 3, None
-        stock.image_processor.size = stock.image_processor.crop_size = {"height": side, "width": side}
-        if family != "internvl":
-            stock.image_processor.image_grid_pinpoints = [[side, side], [side, 2 * side], [2 * side, side]]
-    else:
-        stock.image_processor.patch_size = stock.video_processor.patch_size
-    return stock
-
-
-def model(family: str, dtype: torch.dtype, **settings: Any) -> Any:
-    """The family's model, with these settings of its tower."""
-    return build(family, dtype, **settings) if settings else copy.deepcopy(_master(family, dtype))
-
-
-@functools.cache
-def collator(family: str) -> Any:
-    return p.Remembering(stock_processor(family))
-
-
-@functools.cache
-def _master(family: str, dtype: torch.dtype) -> Any:
-    return build(family, dtype)
-
-
-def build(family: str, dtype: torch.dtype, **settings: Any) -> Any:
-    name, vision, text, _ = CASES[family]
-    vision = vision | settings
-    stock = stock_processor(family)
-    ids = {key: stock.tokenizer.convert_tokens_to_ids(getattr(stock, key)) for key in ("image_token", "video_token")}
-    if getattr(stock.image_processor, "merge_size", None):
-        vision = vision | {"patch_size": stock.video_processor.patch_size}
-    told = {f"{key}_id": value for key, value in ids.items()}
-    if family.startswith("llava"):
-        told["image_grid_pinpoints"] = stock.image_processor.image_grid_pinpoints
-    config = getattr(tf, name)(vision_config=vision, text_config=text | {"num_hidden_layers": LAYERS}, **told)
-    torch.manual_seed(0)
-    built = tf.AutoModelForImageTextToText.from_config(config, attn_implementation="sdpa").to(dtype)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for value in built.parameters():
-            if value.ndim > 1:
-                value.copy_(torch.randn(value.shape, generator=generator, dtype=dtype) * 0.15)
-    return built.train()
-
-
-def row(question: str, clips: Any = (), images: Any = ()) -> dict[str, Any]:
-    said = {"role": "assistant", "content": "The sea, then the sea."}
-    asked = {"role": "user", "content": " and ".join(["<image>"] * len(images) + ["<video>"] * len(clips)) + question}
-    return {"messages": [asked, said], "images": list(images), "videos": list(clips)}
-
-
-@functools.cache
-def cells_of(family: str) -> p.Cells:
-    clip, wide, other = frames(6), frames(9, 90, 30, seed=1), frames(4, 30, 80, seed=2)
-    picture, tall = frames(1, 60, 60, seed=3)[0], frames(1, 40, 90, seed=4)[0]
-    text, short = row("Only text, and of some length?"), row("A video?", [clip])
-    two, image = row("First, second?", [wide, other]), row("A picture?", images=[picture])
-    both = two if family in ONE_TOKEN else row("Both?", [other], [tall])
-    beside = [short, text] if family in ONE_TOKEN else [image, short, text]
-    return [[short, text], [image], [text], [], [two], beside, [both], [text, text]]
-
-
-def casting(collate: Any, dtype: torch.dtype) -> Any:
-    return p.casting(collate, dtype)
-
-
-def shape_of(collator: VisionLanguageCollator, dealt: Any, collate: Any, *, packed: bool) -> StepShape:
-    microbatches, labels = [], 0
-    for replicas in dealt:
-        line = []
-        for rows in replicas:
-            alone = [collator([one]) for one in rows]
-            features = [int(np.isin(b["input_ids"], collator.renderer.feature_ids).sum()) for b in alone]
-            tokens = [b["input_ids"].shape[1] for b in alone]
-            line.append(MicrobatchShape.of(tokens, features, packed=packed))
-            labels += int((collate(rows)["labels"][:, 1:] != -100).sum()) if rows else 0
-        microbatches.append(tuple(line))
-    return StepShape(microbatches=tuple(microbatches), label_tokens=labels)
 
 
 class Case:
@@ -143,20 +47,21 @@ class Case:
     def __init__(self, worlds: p.Worlds, family: str, dtype: torch.dtype, *, packed: bool = False) -> None:
         self.worlds, self.family, self.dtype, self.packed = worlds, family, dtype, packed
         self.collator = collator(family)
-        built = model(family, dtype)
-        pack = PackedCollator(self.collator, built) if packed else None
-        self.collate = casting(pack or self.collator, dtype)
+        pack = PackedCollator(self.collator, model(family, dtype)) if packed else None
+        self.collate = p.casting(pack or self.collator, dtype)
         without = self.collator.without_pixels
-        self.text = casting((lambda rows: pack.pack(without(rows))) if pack is not None else without, dtype)
-        self.vision = casting(self.collator, dtype)
+        self.text = p.casting((lambda rows: pack.pack(without(rows))) if pack is not None else without, dtype)
+        self.vision = p.casting(self.collator, dtype)
         self.cells = cells_of(family)
-        told = None
-        if worlds.rank == 0:
-            shapes = {
-                dp: shape_of(self.collator, p.deal(self.cells, dp), self.collate, packed=packed) for dp in (1, 2)
-            }
-            told = shapes, *p.stock_gradients(built, self.cells, self.collate, shapes[1].label_tokens)
-        self.shapes, self.loss, self.gradients = worlds.tell(told)
+        self.shapes = {
+            dp: shape_of(self.collator, p.deal(self.cells, dp), self.collate, packed=packed) for dp in (1, 2)
+        }
+
+    @functools.cached_property
+    def stock(self) -> tuple[float, p.Gradients]:
+        """Loss and gradients of the stock model."""
+        tokens = self.shapes[1].label_tokens
+        return p.stock_gradients(model(self.family, self.dtype), self.cells, self.collate, tokens)
 
     def plan(self, layout: p.Layout, **settings: Any) -> Any:
         microbatches = len(p.deal(self.cells, layout[2]))
@@ -185,8 +90,9 @@ class Case:
         dealt = p.deal(self.cells, pipe.plan.llm.dp)
         result = pipe.step(p.batch_of(pipe, dealt, shape, self.text, self.vision))
         assert result.label_tokens == shape.label_tokens
-        error, where = p.worst_error(pipe, self.gradients)
-        loss = abs(result.loss - self.loss) / self.loss
+        expected, gradients = p.told(lambda: self.stock)
+        error, where = p.worst_error(pipe, gradients)
+        loss = abs(result.loss - expected) / expected
         assert p.covered(pipe)
         return p.over_ranks(max(error, loss)), where
 
@@ -260,6 +166,7 @@ def late(case: Case, layout: p.Layout, *, videos_first: bool = False, **settings
         if not inside:
             return
         pipe, calls = case.pipe(layout, **settings), []
+        own = collections.Counter(all_reduce=1, all_gather_object=1, broadcast_object_list=1)  # of the test
         known = case.of_one_kind(pipe, videos=videos_first)
         for _ in range(4):
             with counted() as found:
@@ -269,7 +176,7 @@ def late(case: Case, layout: p.Layout, *, videos_first: bool = False, **settings
             pipe.zero_grad()
             with counted() as found:
                 error, where = case.step(pipe, case.shapes[layout[2]])
-            calls.append(found - collections.Counter(all_reduce=1, all_gather_object=1))  # those of the test
+            calls.append(found - own)
             assert error <= TOLERANCE[case.dtype], (case.family, error, where)
         assert calls[0]["broadcast_object_list"], calls[0]
         # Tensor-parallel ranks of the encoder try the first videos together.
@@ -300,11 +207,7 @@ def asked() -> list[str]:
 
 def prepare() -> None:
     for family in asked():
-        model(family, torch.float64)
-        for rows in filter(None, cells_of(family)):
-            collator(family)(rows)
-            for one in rows:
-                collator(family)([one])
+        videos.prepare(family)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from hf_dflop.integrations import DflopTrainer
 from hf_dflop.pipeline import PipelineModel
 from hf_dflop.rows import videos
 from tests.distributed import pipelines as p
-from tests.distributed.scripts.pipeline_videos import LAYERS, MODELS_TAKE_FEATURES, model, row, stock_processor
+from tests.distributed.videos import LAYERS, MODELS_TAKE_FEATURES, model, row, stock_processor
 from tests.unit.profile.test_videos import frames
 
 FAMILY, STEPS, LEARNING_RATE = "qwen2_5_vl", 3, 1e-3
@@ -52,6 +52,10 @@ def plain_loop(built: Any, rows: Any, collate: Any) -> tuple[list[float], dict[s
 
 def decodes(*_: Any, **__: Any) -> Any:
     raise AssertionError("a rank of the LLM decodes a frame")
+
+
+def prepare() -> None:
+    model(FAMILY, torch.float64)
 
 
 if __name__ == "__main__":

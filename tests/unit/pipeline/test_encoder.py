@@ -15,7 +15,7 @@ from hf_dflop.pipeline.encoder import VisionPart
 from hf_dflop.pipeline.split import read_cut
 from hf_dflop.plan import ModulePlan, Plan
 from tests.distributed import pipelines as p
-from tests.distributed.scripts import pipeline_videos as videos
+from tests.distributed import videos
 from tests.unit.profile.test_videos import frames
 
 LLM = ModulePlan(layers=(2, 2))
