@@ -323,7 +323,7 @@ class Dies(TrainerCallback):
 def die_under_torchrun(*given: Any) -> None:
     """By torchrun's own agent, but for this: ranks are forked from a process that has imported the libraries."""
     config = LaunchConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=2, run_id="die", start_method="fork",
+        min_nodes=1, max_nodes=1, nproc_per_node=2, run_id="die", start_method="fork", max_restarts=0,
         rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0", local_addr="127.0.0.1",
     )  # fmt: skip
     elastic_launch(config, die)(*given)
