@@ -2,11 +2,13 @@
 
 import json
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import jinja2
 import numpy as np
 from plotly.offline import get_plotlyjs
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -23,7 +25,11 @@ _TEMPLATE = Path(__file__).with_name("report.html.j2")
 
 def print_table(summaries: list[ArmSummary], console: Console | None = None) -> None:
     """The comparison as a table in the terminal."""
-    table = Table(title="Two ranks, the same samples, runs interleaved; median (min–max) over rounds")
+    table = Table(
+        title="Two ranks, the same samples, runs interleaved; median (min–max) over rounds",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
     for name in ("sampler", "samples/s", "÷ stock", "packed ÷ this", "waiting", "wall ÷ compute", "padding", "GiB"):
         table.add_column(name, justify="left" if name == "sampler" else "right", no_wrap=True)
     for summary in summaries:
@@ -33,7 +39,7 @@ def print_table(summaries: list[ArmSummary], console: Console | None = None) -> 
             summary.spread,
             spread(summary.ratio_of_packed),
             percent(summary.idle_fraction),
-            spread(summary.wall_to_compute),
+            f"{median(summary.wall_to_compute):.2f}",
             f"{summary.padding_share:.0%}",
             f"{summary.peak_memory_gib:.1f}",
             style="bold" if summary.arm in OWN_ARMS else None,
