@@ -74,9 +74,9 @@ def _scattered(
 ) -> "MemoryMappedTable":
     """Under a select or shuffle, row i lies at table row `where[i]`; rows that are not selected stay 0, unseen."""
     path = counts_folder() / f"{fingerprint}.placed.arrow"
-    if not path.exists():
-        with staged_counts(num_rows) as columns:
-            for name, values in columns.items():
-                values[where] = counts.column(name).to_numpy()
-            write_counts(path, columns, {})
+    # Written each time: the counts may be another version's of transformers, which the fingerprint does not tell.
+    with staged_counts(num_rows) as columns:
+        for name, values in columns.items():
+            values[where] = counts.column(name).to_numpy()
+        write_counts(path, columns, {})
     return read_counts(path)[0]
